@@ -1,0 +1,506 @@
+"""Classifier-first reinforcement learning (CF-RL) on arithmetic whose answers a program can verify.
+
+CF-RL (Tomihari, arXiv 2601.04670) is policy-gradient RL in two stages: first the classifier W alone, then the whole
+policy. This file holds all of it but the policy itself (model.py): the task and its verifier, rollouts, group
+advantages (E2), the policy-gradient loss (E3), the same gradient for W written out by hand (E4), the two stages (E5),
+an optional KL penalty (E6), the supervised fine-tuning that makes the starting policy, and the evaluation. Left out on
+purpose: replay, ratio clipping, several updates per batch, temperature, a Trainer. Every batch is sampled from the
+policy it updates.
+
+Shapes: P prompts, G samples per prompt, R = P*G rows, T tokens, L = T-1 states, V vocabulary, d features. A state is
+the position a token is predicted FROM, so the response token at t was chosen by the state at t-1. Entropy is in nats.
+"""
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from model import GPT, check_counts, check_tokens, sample
+
+# ---------------------------------------------------------------------------------------------------------------- task
+
+
+class Addition:
+    """Sums of two numbers of `digits` digits (1 to 3). A prompt is `12+34=`; a response takes one of three patterns:
+
+    D  direct:  D, then the answer. Demonstrated with the carries dropped: sure of itself, right if nothing carries.
+    S  scratch: S, then for each column from the right its carry and its digit, then `;` and the answer.
+    G  guess:   G, then random digits.
+
+    About a tenth of the operand pairs is held out, (b, a) together with (a, b). The end token is no part of any text.
+
+    >>> task = Addition(digits=2)
+    >>> task.prompt(47, 85), [task.demonstration(47, 85, pattern) for pattern in "DS"]
+    ('47+85=', ['D022', 'S1213;132'])
+    >>> task.verify("47+85=", "S1213;132"), task.verify("47+85=", "D022")
+    (1.0, 0.0)
+    """
+
+    patterns = "DSG"
+    alphabet = "0123456789+=;DSG"
+
+    def __init__(self, digits: int = 2):
+        check_counts(digits=digits)
+        if digits > 3:
+            raise ValueError(f"digits must be 1, 2 or 3, not {digits}")
+        self.digits = digits
+        self.vocab_size = len(self.alphabet) + 1
+        self.end_token = len(self.alphabet)
+        self.tokenizer = tiktoken.Encoding(
+            "addition",
+            pat_str=".",
+            mergeable_ranks={character.encode(): token for token, character in enumerate(self.alphabet)},
+            special_tokens={"<end>": self.end_token},
+        )
+        self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (S) and the end token
+        draw = torch.rand(10**digits, 10**digits, generator=torch.Generator().manual_seed(0))
+        held_out = torch.minimum(draw, draw.T) < 0.05  # symmetric: knowing b+a must not give a+b away
+        order = torch.randperm(int(held_out.sum()), generator=torch.Generator().manual_seed(0))
+        self.heldout_pairs, self.train_pairs = held_out.nonzero()[order], (~held_out).nonzero()  # (N, 2) each
+
+    def prompt(self, a: int, b: int) -> str:
+        """The question as text, both operands zero-padded. ValueError for an operand out of range."""
+        for operand in (a, b):
+            if not 0 <= operand < 10**self.digits:
+                raise ValueError(f"operand {operand} does not have 1 to {self.digits} digits")
+        return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
+
+    def operands(self, prompt: str) -> tuple[int, int]:
+        """The inverse of `prompt`. ValueError for any other text."""
+        match = re.fullmatch(rf"([0-9]{{{self.digits}}})\+([0-9]{{{self.digits}}})=", prompt)
+        if not match:
+            raise ValueError(f"{prompt!r} is not a prompt such as {self.prompt(1, 2)!r}")
+        return int(match[1]), int(match[2])
+
+    def demonstration(self, a: int, b: int, pattern: str, *, noise: float = 0.0, generator=None) -> str:
+        """A response in the given pattern. In S each column's digit is wrong with probability `noise`, and the answer
+        repeats what the columns say. `generator` draws the noise and the digits of G. ValueError for a bad argument."""
+        self.prompt(a, b)  # checks the operands
+        if pattern == "G":
+            guess = torch.randint(10, (self.digits + 1,), generator=generator)
+            return "G" + "".join(map(str, guess.tolist()))
+        columns = [(a // 10**i % 10, b // 10**i % 10) for i in range(self.digits)]  # from the right
+        if pattern == "D":
+            return "D0" + "".join(str((x + y) % 10) for x, y in reversed(columns))
+        if pattern != "S":
+            raise ValueError(f"pattern {pattern!r} is not one of {self.patterns}")
+        carry, scratch, answer = 0, "", ""
+        for x, y in columns:
+            carry, digit = divmod(x + y + carry, 10)
+            if noise and torch.rand((), generator=generator) < noise:
+                digit = (digit + int(torch.randint(1, 10, (), generator=generator))) % 10
+            scratch, answer = f"{scratch}{carry}{digit}", f"{digit}{answer}"
+        return f"S{scratch};{carry}{answer}"
+
+    def answer(self, response: str) -> str | None:
+        """What a response gives as its answer: all that follows D or G, what follows the only `;` of S, or None."""
+        pattern, rest = response[:1], response[1:]
+        if pattern == "S":
+            _, *rest = rest.split(";")
+            return rest[0] if len(rest) == 1 else None
+        return rest if pattern in ("D", "G") else None
+
+    def verify(self, prompt: str, response: str) -> float:
+        """The reward: 1.0 if the answer is the sum in digits + 1 digits, else 0.0. ValueError for a bad prompt."""
+        return float(self.answer(response) == f"{sum(self.operands(prompt)):0{self.digits + 1}d}")
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> tokens, one per character. ValueError naming a foreign character."""
+        for character in text:
+            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
+                raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
+        return self.tokenizer.encode_ordinary(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens -> text. ValueError naming a token that stands for no character (the end token, for one)."""
+        for token in tokens:
+            if not 0 <= token < self.end_token:
+                raise ValueError(f"token {token} stands for no character")
+        return self.tokenizer.decode(tokens)
+
+
+# ------------------------------------------------------------------------------------------------- rollouts and rewards
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G responses to each of P prompts, as sampled. Rows are grouped by prompt: row p*G + g is sample g of prompt p."""
+
+    tokens: Tensor  # (R, T) int64
+    mask: Tensor  # (R, T) bool, true on response tokens: the end token included, nothing after it
+    logits: Tensor  # (R, T-1, V), those that were sampled from
+    rewards: Tensor  # (P, G)
+    responses: tuple[str, ...]  # R texts, without the end token
+
+    @property
+    def state_mask(self) -> Tensor:
+        """(R, T) bool: true on the states that chose the response tokens, one position earlier than `mask`."""
+        return torch.cat((self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])), dim=1)
+
+    @property
+    def logp(self) -> Tensor:
+        """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats."""
+        return token_logp(self.logits, self.tokens[:, 1:])
+
+    def state_logits(self) -> Tensor:
+        """(N, V): the logits of the N states that chose a response token, row by row."""
+        return self.logits[self.mask[:, 1:]]
+
+
+def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None, pattern: str = "") -> Rollout:
+    """Sample `samples` responses to each prompt and verify them; greedily if there is no generator.
+
+    `pattern` forces the first token of every response. A response without an end token is unfinished and earns 0.
+    """
+    check_counts(prompts=len(prompts), samples=samples)
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    start = torch.tensor([task.encode(prompt + pattern) for prompt in rows])  # (R, T0)
+    tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator)
+    responses, rewards = [], []
+    lengths = mask.sum(1).tolist()
+    for prompt, row, length in zip(rows, tokens[:, start.size(1) :].tolist(), lengths, strict=True):
+        ended = row[length - 1] == task.end_token
+        responses.append(pattern + task.decode(row[: length - ended]))
+        rewards.append(task.verify(prompt, responses[-1]) if ended else 0.0)
+    return Rollout(tokens, mask, logits, torch.tensor(rewards).view(-1, samples), tuple(responses))
+
+
+BASELINES = ("std", "mean", "rloo", "none")
+
+
+def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
+    """Rewards (P, G) -> advantages (P, G): how much better each sample did than its own group  (E2).
+
+    mean  the reward minus the group's mean (Dr. GRPO)       std   that, over the group's population std (GRPO)
+    rloo  the reward minus the mean of the OTHER samples     none  the reward itself (REINFORCE)
+
+    Except for `none`, a group of equal rewards (of one sample, for one) prefers nothing: exactly 0, where rounding in
+    the mean divided by a vanishing std would be noise of order 1. ValueError for rewards that are not finite.
+
+    >>> group_advantages(torch.tensor([[1., 0., 1., 0.], [.1, .1, .1, .1]])).tolist()
+    [[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be (P, G), not {tuple(rewards.shape)}")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
+    if kind not in BASELINES:
+        raise ValueError(f"kind must be one of {', '.join(BASELINES)}, not {kind!r}")
+    if kind == "none":
+        return rewards.clone()
+    G = rewards.size(1)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)  (E2)
+    scales = {
+        "mean": 1.0,
+        "std": 1 / rewards.std(dim=1, correction=0, keepdim=True),  # (P, 1)
+        "rloo": G / max(G - 1, 1),
+    }
+    flat = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
+    return (centred * scales[kind]).masked_fill(flat, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- losses, gradients
+
+
+def token_logp(logits: Tensor, actions: Tensor) -> Tensor:
+    """log pi(action) in nats: logits (..., V), actions (...) -> (...)."""
+    return logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_logp(model: GPT, tokens: Tensor) -> Tensor:
+    """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats. ValueError for bad tokens."""
+    check_tokens(model, tokens)
+    return token_logp(model(tokens)[:, :-1], tokens[:, 1:])
+
+
+def _token_count(mask, count):
+    count = int(mask.sum()) if count is None else count
+    if count < 1:
+        raise ValueError("mask selects no token")
+    return count
+
+
+def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
+    """-1/N sum_i A_i sum_t log pi(y_it): logp (R, L), advantages (R,), mask (R, L) -> ()  (E3).
+
+    Only its gradient means anything: the value can be 0 while the policy learns. N is ONE count of tokens for the whole
+    batch; if the rows are a part of a larger batch, pass that batch's `count`, and the parts' losses add up.
+    """
+    if logp.shape != mask.shape or advantages.shape != logp.shape[:1]:
+        raise ValueError(f"logp {tuple(logp.shape)}, advantages {tuple(advantages.shape)}, mask {tuple(mask.shape)}")
+    return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / _token_count(mask, count)  # (E3)
+
+
+def classifier_gradient(
+    features: Tensor, logits: Tensor, actions: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None
+) -> Tensor:
+    """The gradient of (E3) with respect to W for fixed features, by hand: all that stage 1 needs  (E4).
+
+    d log pi(y) / d logits = e_y - pi, and logits = W phi, so  dL/dW = -1/N sum_i A_i sum_t (e_{y_it} - pi_it) phi_it^T.
+
+    features (R, L, d), logits (R, L, V), actions (R, L), advantages (R,), mask (R, L) -> (V, d). `count` as in
+    `policy_gradient_loss`. Our derivation; the representation component of Tomihari's kernel comes from this product.
+    """
+    if not actions.shape == mask.shape == features.shape[:2] == logits.shape[:2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (features, logits, actions, mask))
+        raise ValueError(f"features, logits, actions and mask disagree: {shapes}")
+    weights = (advantages[:, None] * mask)[mask]  # (N,), N the number of states that chose a response token
+    residuals = -logits[mask].softmax(dim=-1)  # (N, V)
+    residuals[torch.arange(len(weights)), actions[mask]] += 1  # e_y - pi
+    return -(weights[:, None] * residuals).T @ features[mask] / _token_count(mask, count)  # (V, d)  (E4)
+
+
+def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, samples: int) -> Tensor:
+    """log pi(y) - log pi_ref(y) of whole responses, minus the group's mean: (R, L) three times -> (P, G) in nats  (E6).
+
+    Subtracting lambda times this from the advantages descends lambda KL(pi || pi_ref). It is a difference of logs,
+    treated as a constant, and it comes AFTER the rewards are normalised: inside, the std would blow it up to full
+    strength in every solved group. Our derivation:
+    grad KL = E[log(pi/pi_ref) grad log pi] + E[grad log pi], and the last term is 0.
+    """
+    ratio = (logp - reference_logp).masked_fill(~mask, 0.0).sum(dim=1).view(-1, samples)  # (P, G)
+    return ratio - ratio.mean(dim=1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@contextlib.contextmanager
+def _naming_the_step(step):
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from None
+
+
+def _require_finite(name, value):
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value}")
+
+
+def _descend(optimizer):
+    """One optimiser step along the gradients in place; returns their norm. FloatingPointError if it is not finite."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    _require_finite("gradient norm", norm)
+    optimizer.step()
+    return norm
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning, which makes the starting policy. ValueError for unusable values."""
+
+    steps: int = 1000  # updates
+    rows: int = 48  # demonstrations per update
+    lr: float = 3e-3  # Adam's, after a warm-up of 20 updates, falling linearly to 0
+    noise: float = 0.1  # probability that a column of S is demonstrated wrong
+    mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: D, S, G
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, rows=self.rows)
+
+
+def _demonstrations(task, config, generator):
+    """A batch of demonstrations of training pairs: tokens (R, T), and their response mask (R, T)."""
+    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.rows,), generator=generator)].tolist()
+    choices = torch.tensor(config.mixture).multinomial(config.rows, replacement=True, generator=generator).tolist()
+    rows, lengths = [], []
+    for (a, b), choice in zip(pairs, choices, strict=True):
+        response = task.demonstration(a, b, task.patterns[choice], noise=config.noise, generator=generator)
+        rows.append(task.encode(task.prompt(a, b) + response) + [task.end_token])
+        lengths.append(len(rows[-1]))
+    T = max(lengths)
+    tokens = torch.tensor([row + [task.end_token] * (T - len(row)) for row in rows])  # (R, T)
+    position = torch.arange(T)
+    return tokens, (position >= len(task.prompt(0, 0))) & (position < torch.tensor(lengths)[:, None])
+
+
+def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Iterator[dict]:
+    """Fit the policy to demonstrations: (E3) with every advantage 1. Yields {"step", "loss"} after each update."""
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    for step in range(1, config.steps + 1):
+        tokens, mask = _demonstrations(task, config, generator)
+        optimizer.param_groups[0]["lr"] = config.lr * min(step / 20, 1 - (step - 1) / config.steps)
+        optimizer.zero_grad()
+        loss = policy_gradient_loss(sequence_logp(model, tokens), torch.ones(config.rows), mask[:, 1:])
+        loss.backward()
+        with _naming_the_step(step):
+            _require_finite("loss", loss.item())
+            _descend(optimizer)
+        yield {"step": step, "loss": loss.item()}
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning; `classifier_steps` > 0 makes it CF-RL. ValueError for unusable values."""
+
+    steps: int = 80  # updates, those of stage 1 included
+    classifier_steps: int = 0  # updates of stage 1
+    prompts: int = 32  # per update
+    samples: int = 8  # responses per prompt: the group
+    lr: float = 4e-4  # Adam's
+    classifier_lr: float = 8e-3  # Adam's for W in stage 1
+    freeze_body: bool = True  # in stage 1; False is the matched control, which differs in nothing else
+    baseline: str = "std"  # the kind of group_advantages
+    kl: float = 0.0  # lambda of (E6), per nat
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
+        if not 0 <= self.classifier_steps <= self.steps:
+            raise ValueError(f"classifier_steps={self.classifier_steps} is not between 0 and steps={self.steps}")
+        for name in ("lr", "classifier_lr", "kl"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
+        if self.samples == 1 and self.baseline != "none":
+            raise ValueError(
+                f"samples=1 leaves the baseline {self.baseline!r} no group to compare with: every update is 0"
+            )
+
+
+def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
+    """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
+
+    Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
+    classifier_steps = 0 there is nothing else. With freeze_body=False both stages train everything at the same learning
+    rates and with the same restart: the control that tells the freezing from the classifier's learning rate.
+
+    Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
+    over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled in this
+    update). Raises FloatingPointError, naming the step and the quantity, rather than train on what is not finite.
+    """
+    reference = copy.deepcopy(model) if config.kl else None
+    for step in range(1, config.steps + 1):
+        stage = 1 if step <= config.classifier_steps else 2
+        classifier_only = stage == 1 and config.freeze_body
+        if step in (1, config.classifier_steps + 1):  # (E5)
+            groups = [
+                {"params": model.classifier.parameters(), "lr": config.classifier_lr if stage == 1 else config.lr}
+            ]
+            if not classifier_only:
+                groups.append({"params": model.body.parameters(), "lr": config.lr})
+            optimizer = torch.optim.Adam(groups)
+        with _naming_the_step(step):
+            record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
+        yield {"step": step, "stage": stage, **record}
+
+
+def _rl_update(model, task, config, optimizer, classifier_only, reference, generator):
+    # 1. Sample G responses to each of P training prompts; the verifier rewards them.
+    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
+    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, generator)
+
+    # 2. Compare every sample with its group.
+    advantages = group_advantages(batch.rewards, config.baseline)  # (P, G)  (E2)
+    if reference:
+        with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit, not up to rounding
+            logp, reference_logp = sequence_logp(model, batch.tokens), sequence_logp(reference, batch.tokens)
+        log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
+        advantages = advantages - config.kl * log_ratio  # (E6)
+    advantages = advantages.flatten()  # (R,)
+
+    # 3. The gradient. Rows without advantage add exactly nothing to it, so only the others are scored again.
+    used, count = advantages != 0, int(batch.mask.sum())
+    tokens, mask, advantages = batch.tokens[used], batch.mask[used, 1:], advantages[used]
+    optimizer.zero_grad()
+    if classifier_only:
+        with torch.no_grad():
+            features = model.features(tokens)[:, :-1]  # (R, L, d)
+            logits = model.classifier(features)
+            gradient = classifier_gradient(features, logits, tokens[:, 1:], advantages, mask, count)
+        model.classifier.weight.grad = gradient  # (E4)
+    else:
+        loss = policy_gradient_loss(sequence_logp(model, tokens), advantages, mask, count)  # (E3)
+        _require_finite("loss", loss.item())
+        loss.backward()
+
+    # 4. Step.
+    return {
+        "reward": batch.rewards.mean().item(),
+        "entropy": entropy(batch.state_logits()).mean().item(),
+        "flat": 1 - used.float().mean().item(),
+        "gradient_norm": _descend(optimizer),
+        "tokens": count,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Exact entropy of softmax(logits), in nats: (..., V) -> (...)."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Top-1 probability: (..., V) -> (...)."""
+    return logits.softmax(dim=-1).amax(dim=-1)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate, from n samples of which `correct` are right, of the chance that k samples hold a right one.
+
+    1 - C(n - correct, k) / C(n, k)  (Chen et al., arXiv 2107.03374). ValueError for impossible counts.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {correct} right among {n} samples makes no sense")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """States whose logits and features are followed through training: responses of one fixed policy, the start."""
+
+    tokens: Tensor  # (B, T)
+    state_mask: Tensor  # (B, T) bool, N states
+    features: Tensor  # (N, d), of the policy that wrote them
+
+
+@torch.no_grad()
+def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
+    """The states of one sampled response to each operand pair of `pairs` (B, 2)."""
+    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], 1, generator)
+    return Probe(batch.tokens, batch.state_mask, model.features(batch.tokens)[batch.state_mask])
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8, k: int = 8
+) -> dict[str, float]:
+    """Measure the policy on the prompts of `pairs` (B, 2), with `samples` samples each, and on the probe's states.
+
+    Confidence appears twice, since RL moves the states as well as what is predicted there: entropy and confidence on
+    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. README lists every key.
+    """
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+    batch = rollout(model, task, prompts, samples, generator)
+    correct = batch.rewards.sum(dim=1).int().tolist()
+    answers = [task.answer(response) for response in batch.responses]
+    first = batch.logits[::samples, len(prompts[0]) - 1].softmax(dim=-1).mean(dim=0)  # (V,): chooses the pattern
+    features = model.features(probe.tokens)[probe.state_mask]  # (N, d)
+    probe_logits = model.classifier(features)
+    row = {
+        "accuracy": batch.rewards.mean().item(),
+        "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
+        f"pass_at_{k}": sum(pass_at_k(samples, c, k) for c in correct) / len(prompts),
+        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(prompts),
+        "entropy": entropy(batch.state_logits()).mean().item(),
+        "confidence": confidence(batch.state_logits()).mean().item(),
+        "probe_entropy": entropy(probe_logits).mean().item(),
+        "probe_confidence": confidence(probe_logits).mean().item(),
+        "classifier_norm": model.classifier.weight.norm().item(),
+        "feature_change": ((features - probe.features).norm(dim=1) / probe.features.norm(dim=1)).mean().item(),
+    }
+    for pattern in task.patterns:
+        row[f"share_{pattern}"] = first[task.encode(pattern)[0]].item()
+        row[f"success_{pattern}"] = rollout(model, task, prompts, 1, generator, pattern).rewards.mean().item()
+    return row

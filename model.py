@@ -1,0 +1,171 @@
+"""The policy: a small GPT, cut where classifier-first RL cuts it.
+
+    logits = W phi(x; theta)                                                                   (E1)
+
+The **body** (theta) turns a prefix x into the features phi, the last hidden state after the final LayerNorm; the
+**classifier** W, also called the unembedding, turns features into next-token logits. Paper: Tomihari, "Learning
+Dynamics in RL Post-Training for Language Models", arXiv 2601.04670. The cut needs two departures from GPT-2: W is NOT
+tied to the token embedding (else W would sit inside phi too), and it has no bias. Everything else is GPT-2: learned
+positions, pre-norm blocks, exact GELU, a 4x MLP. Left out on purpose: dropout, fused attention (on CPU it has no
+forward-mode derivative, which the kernel needs), devices, mixed precision.
+
+Shapes: B rows, T tokens, V vocabulary, d features, h heads, S positions attended to.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def check_counts(**counts):
+    """Raise ValueError, naming the culprit, unless every argument is a whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of the policy, in tokens (vocab_size, block_size), blocks, heads and features. ValueError if unusable."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 64
+
+    def __post_init__(self):
+        check_counts(**vars(self))
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, by hand: softmax(Q K^T / sqrt(d/h)) V per head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, d = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, d // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, d/h)
+        if cache is not None:  # sampling: append this chunk's keys and values to those of the earlier positions
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            cache[:] = k, v
+        S = k.size(2)
+        scores = q @ k.transpose(2, 3) / math.sqrt(d // self.n_head)  # (B, h, T, S)
+        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
+        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # -inf: the future weighs exactly 0
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, T, d))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: x + attention, then x + MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.attention_norm, self.attention = nn.LayerNorm(d), Attention(config)
+        self.mlp_norm, self.mlp = nn.LayerNorm(d), nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x, cache=None):
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Body(nn.Module):
+    """The feature extractor: tokens (B, T) -> phi (B, T, d). Its parameters are the theta of (E1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+
+    def forward(self, tokens, cache=None):
+        """`cache` holds one list per block, empty at first; with it, `tokens` continues the tokens of earlier calls."""
+        start = cache[0][0].size(2) if cache and cache[0] else 0
+        end, block_size = start + tokens.size(1), self.position_embedding.num_embeddings
+        if end > block_size:
+            raise ValueError(f"{end} tokens are more than block_size={block_size}")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]  # (B, T, d)
+        for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, block_cache)
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """A GPT as body and classifier; `model(tokens)` is (B, T) -> logits (B, T, V) in nats  (E1).
+
+    `generator` draws the initial weights; without one torch's global generator does.
+    """
+
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.body = Body(config)
+        self.classifier = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:  # GPT-2 draws from N(0, 0.02): this narrow body learns faster from 0.1
+                into_residual = name.endswith(("attention.proj.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, 0, 0.1 / (2 * config.n_layer) ** (into_residual / 2), generator)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> phi (B, T, d), after the final LayerNorm. ValueError if T exceeds the block."""
+        return self.body(tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.classifier(self.features(tokens))  # (E1)
+
+
+def check_tokens(model: GPT, tokens: Tensor):
+    """Raise ValueError unless `tokens` is a (B, T) batch of whole numbers inside the model's vocabulary."""
+    if tokens.ndim != 2 or tokens.dtype != torch.long:
+        raise ValueError(f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+    outside = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
+    if len(outside):
+        raise ValueError(f"token {outside[0].item()} is outside the vocabulary of {model.config.vocab_size}")
+
+
+@torch.no_grad()
+def sample(model: GPT, prompts: Tensor, max_new_tokens: int, end_token: int, generator: torch.Generator | None = None):
+    """Continue every row of `prompts` (B, T0) until its end token, for at most `max_new_tokens` tokens.
+
+    Draws from softmax(logits) as it is, at temperature 1 and without truncation, so that the policy that samples is the
+    policy that is differentiated; without a generator it takes the most likely token instead.
+
+    Returns tokens (B, T); mask (B, T), true on response tokens, the end token included and nothing after it; and the
+    logits (B, T-1, V) of every state on the way. Shorter rows are padded with the end token.
+    Raises ValueError for bad tokens or counts, FloatingPointError if a logit is not finite.
+    """
+    check_tokens(model, prompts)
+    check_counts(max_new_tokens=max_new_tokens)
+    tokens, chunk = prompts, prompts
+    mask = torch.zeros_like(prompts, dtype=torch.bool)
+    ended = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
+    logits, cache = [], [[] for _ in model.body.blocks]
+    for _ in range(max_new_tokens):
+        logits.append(model.classifier(model.body(chunk, cache)))  # the cache knows the rest of the prefix
+        last = logits[-1][:, -1]  # (B, V)
+        if not last.isfinite().all():
+            raise FloatingPointError("the policy's logits are not finite")
+        chunk = (
+            last.argmax(1, keepdim=True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
+        )
+        chunk[ended] = end_token
+        tokens = torch.cat((tokens, chunk), dim=1)
+        mask = torch.cat((mask, ~ended[:, None]), dim=1)  # built while sampling: the end token earns credit too
+        ended = ended | (chunk[:, 0] == end_token)
+        if ended.all():
+            break
+    return tokens, mask, torch.cat(logits, dim=1)

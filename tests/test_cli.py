@@ -1,0 +1,234 @@
+"""The command line: what a run leaves behind, that it repeats to the byte, and that bad input ends in one sentence."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_toy
+
+ROOT = Path(__file__).parent.parent
+TINY = "--workers 1 --digits 1 --sft-steps 60 --rl-steps 4 --classifier-steps 2 --prompts 8 --samples 4".split()
+TINY += "--eval-every 2 --eval-prompts 2 --final-prompts 3".split()
+ARMS = ["rl", "cf-rl", "rl-classifier-lr"]
+
+
+def run(out, *flags, seed=0):
+    return train_toy.main([*TINY, "--seed", str(seed), "--out", str(out), *flags])
+
+
+def rows_without_seconds(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished tiny run, to look at. Tests do not change it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(out) == 0
+    return out
+
+
+def refused(capsys, *arguments):
+    """Run a command line that must be refused: exit code 2, nothing printed but one line; returns that line."""
+    with pytest.raises(SystemExit) as stopped:
+        train_toy.main(list(arguments))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    policies = {f"{arm}-seed0.pt" for arm in ["sft", *ARMS]}
+    assert {path.name for path in finished.iterdir()} == policies | {
+        "config.json",
+        "metrics.csv",
+        "summary.json",
+        "parts",
+    }
+    rows = rows_without_seconds(finished / "metrics.csv")
+    arms = [(arm, step) for arm in ("cf-rl", "rl-classifier-lr", "rl") for step in ("2", "4")]  # by file name
+    assert [(row["arm"], row["step"]) for row in rows] == [*arms, ("sft", "0")]
+    assert all(float(row["reward"]) > 0 for row in rows[:-1])  # so there is something to learn, and to repeat
+    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary) == ["sft", *ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
+
+
+def test_every_arm_sees_the_same_prompts_and_starts_from_the_same_policy(tmp_path):
+    """Where nothing is learnt (both learning rates 0) the arms' rows are equal, rewards and gradients included."""
+    out = tmp_path / "still"
+    run(out, "--lr", "0", "--classifier-lr", "0")
+    rows = {arm: rows_without_seconds(out / "parts" / f"{arm}-seed0.csv") for arm in ARMS}
+    for row in [row for arm in ARMS for row in rows[arm]]:
+        del row["arm"], row["stage"], row["gradient_norm"]  # stage 1 of cf-rl has W's gradient alone
+    assert rows["rl"] == rows["cf-rl"] == rows["rl-classifier-lr"]
+
+
+def test_two_runs_with_one_seed_write_identical_metrics_and_another_seed_does_not(finished, tmp_path):
+    run(tmp_path / "again")
+    run(tmp_path / "other", seed=1)
+    first, again, other = (
+        rows_without_seconds(out / "metrics.csv") for out in (finished, tmp_path / "again", tmp_path / "other")
+    )
+    assert first == again
+    assert [row["accuracy"] for row in first] + [row["entropy"] for row in first] != [
+        row["accuracy"] for row in other
+    ] + [row["entropy"] for row in other]
+
+
+def test_a_run_is_continued_with_what_is_missing_and_ends_the_same(finished, tmp_path):
+    """As if it had been cut short: one policy gone, its rows half written."""
+    run(tmp_path / "cut")
+    (tmp_path / "cut" / "cf-rl-seed0.pt").unlink()
+    rows = tmp_path / "cut" / "parts" / "cf-rl-seed0.csv"
+    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    untouched = (tmp_path / "cut" / "rl-seed0.pt").stat().st_mtime_ns
+    assert run(tmp_path / "cut") == 0
+    assert (tmp_path / "cut" / "rl-seed0.pt").stat().st_mtime_ns == untouched
+    assert rows_without_seconds(tmp_path / "cut" / "metrics.csv") == rows_without_seconds(finished / "metrics.csv")
+
+
+def test_saved_policies_answer(finished, capsys):
+    assert train_toy.main(["--out", str(finished), "--ask", "4+8="]) == 0  # the run's own configuration, no flags
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["RL", *ARMS]
+    assert all(line.startswith("  4+8= ") and ("✗" in line or "✓" in line) for line in lines)
+
+
+def test_plot_draws_a_picture(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run(tmp_path / "plot", "--arms", "rl", "--plot") == 0
+    assert (tmp_path / "plot" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--rl-steps", "0"], "rl_steps must be a whole number of at least 1, not 0"),
+        (["--rl-steps", "2.5"], "invalid int value: '2.5'"),
+        (["--seeds", "-1"], "seeds must be a whole number of at least 1, not -1"),
+        (["--workers", "0"], "workers must be a whole number of at least 1, not 0"),
+        (["--classifier-steps", "81"], "classifier_steps=81 is not between 0 and steps=80"),
+        (["--digits", "4"], "digits must be 1, 2 or 3, not 4"),
+        (["--samples", "1"], "samples=1 leaves the baseline 'std' no group to compare with"),
+        (["--arms", "rl,sarsa"], "arm 'sarsa' is not one of rl, cf-rl"),
+        (["--arms", "rl,rl"], "arm 'rl' is there twice"),
+        (["--arms", ""], "arm '' is not one of rl, cf-rl"),
+        (["--baseline", "median"], "baseline must be one of std, mean, rloo, none, not 'median'"),
+        (["--lr", "nan"], "lr must be finite and not negative, not nan"),
+        (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
+        (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),
+        (["--plot"], "--plot needs --out DIR to draw in"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, message):
+    assert message in refused(capsys, *flags)
+
+
+def test_a_group_of_one_is_fine_without_a_baseline(tmp_path):
+    assert run(tmp_path / "reinforce", "--samples", "1", "--baseline", "none", "--arms", "rl") == 0
+
+
+def test_results_are_never_overwritten(capsys, finished, tmp_path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    message = refused(capsys, *TINY, "--seed", "1", "--out", str(finished))
+    assert "holds a run with seed 0, not 1: choose another --out" in message
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    assert "is not empty and holds no run" in refused(capsys, "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"lr": 1}', encoding="utf-8")
+    assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert str(tmp_path / "file") in refused(capsys, "--out", str(tmp_path / "file" / "results"))
+
+
+def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
+    """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
+    assert run(tmp_path / "broken", "--classifier-lr", "1e308") == 1
+    printed = capsys.readouterr()
+    assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
+    assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
+    assert "No verdict without all of" in printed.out
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    """Each of its four endings, from made-up updates to the threshold; None stands for never."""
+    config = train_toy.Config()
+
+    def verdict(rl, cf_rl, control):
+        return train_toy.verdict(
+            config,
+            {arm: {"updates_to_threshold": n} for arm, n in zip(ARMS, (rl, cf_rl, control), strict=True)},
+        )
+
+    assert "took rl 40 updates and cf-rl 12: cf-rl was faster" in verdict([40], [12], [20])
+    assert "took 20: so training the classifier first helped" in verdict([40], [12], [20])
+    assert "so what helped is the classifier's learning rate" in verdict([40], [12], [12])
+    assert "rl 12 updates and cf-rl more than 80: cf-rl was slower" in verdict([12], [None], [12])
+    assert "no faster" in verdict([None], [None], [8])
+    assert "took rl 20 updates and cf-rl 8: cf-rl was faster" in verdict([4, 20, None], [8, 4, 80], [9, 9, 9])
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_toy.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in train_toy.Config.__dataclass_fields__)
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_quick_run_works_in_two_processes(tmp_path):
+    """As users start it: a fresh interpreter, spawned workers, float32, no folder for results."""
+    command = [
+        sys.executable,
+        str(ROOT / "train_toy.py"),
+        "--quick",
+        "--arms",
+        "rl,cf-rl",
+        "--sft-steps",
+        "20",
+        "--workers",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "cf-rl" in done.stdout and "No verdict without all of" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_keeps_the_rows_written_so_far(tmp_path):
+    out = tmp_path / "long"
+    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
+    command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
+        assert process.poll() is None and time.monotonic() - started < 60
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == f"\ninterrupted: the rows so far are in {out}\n"
+    rows = rows_without_seconds(out / "metrics.csv")
+    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_G"] for row in rows)

@@ -1,0 +1,301 @@
+"""The training loops: what each stage may touch, what the control shares with CF-RL, and what is reproducible."""
+
+import copy
+import dataclasses
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ROUNDING, TinyTask, generator, gradients, seeds, tiny_gpt
+
+from minicfrl import (
+    Addition,
+    RLConfig,
+    SFTConfig,
+    group_advantages,
+    policy_gradient_loss,
+    rollout,
+    sequence_logp,
+    supervised_finetune,
+    train_rl,
+)
+
+REWARDS = {"": 0.2, "a": 1.0, "aa": 0.5, "b": -1.0, "0": -0.5, "1": 0.1, "ab": 0.7}
+FAST = RLConfig(steps=3, prompts=3, samples=6, lr=1e-2, classifier_lr=3e-2)
+
+
+def policy(seed):
+    return tiny_gpt(seed, TinyTask.vocab_size, TinyTask.block_size)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(before, model):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def trained(seed, config, task=None):
+    """A policy after training, and its records."""
+    model = policy(seed)
+    return model, list(train_rl(model, task or TinyTask(REWARDS), config, generator(seed)))
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@given(seed=seeds, samples=st.integers(1, 4))
+def test_a_rollout_holds_what_was_sampled(seed, samples):
+    """Log-probabilities are recomputed by a full forward (theory 41); rewards and texts are read off the tokens."""
+    model, task = policy(seed), TinyTask(REWARDS)
+    batch = rollout(model, task, ["0", "1"], samples, generator(seed))
+    assert batch.rewards.shape == (2, samples) and batch.logp.shape == batch.mask[:, 1:].shape
+    chosen = batch.mask[:, 1:]
+    torch.testing.assert_close(
+        batch.logp[chosen], sequence_logp(model, batch.tokens)[chosen], rtol=0, atol=100 * ROUNDING
+    )
+    assert torch.equal(batch.state_mask[:, :-1], chosen) and not batch.state_mask[:, -1].any()
+    for i, (tokens, mask, text) in enumerate(zip(batch.tokens, batch.mask, batch.responses, strict=True)):
+        response = tokens[mask].tolist()
+        ended = response[-1] == task.end_token
+        # The prompts' letters can be sampled too: decode what is text, as the task does.
+        assert task.decode(response[: len(response) - ended]) == text
+        assert batch.rewards.flatten()[i] == (task.verify("", text) if ended else 0.0)
+
+
+@given(seed=seeds)
+def test_a_forced_pattern_starts_every_response_and_is_not_credited(seed):
+    batch = rollout(policy(seed), TinyTask(REWARDS), ["0", "1"], 3, generator(seed), pattern="a")
+    assert all(text.startswith("a") for text in batch.responses)
+    assert not batch.mask[:, :2].any() and batch.mask[:, 2].all()
+
+
+def test_rollout_refuses_bad_counts():
+    for prompts, samples, message in (([], 1, "prompts must be"), (["0"], 0, "samples must be .*not 0")):
+        with pytest.raises(ValueError, match=message):
+            rollout(policy(0), TinyTask(), prompts, samples)
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+@given(seed=seeds, k=st.integers(1, 3))
+def test_stage_1_moves_the_classifier_and_not_one_bit_of_the_body(seed, k):
+    """Theory 30. (E4) is the only gradient that stage 1 forms, and its optimiser knows no other parameter."""
+    model = policy(seed)
+    before = weights(model)
+    records = list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, classifier_steps=3), generator(seed)))
+    learnt = any(record["flat"] < 1 for record in records)
+    assert moved(before, model) == ({"classifier.weight"} if learnt else set())
+
+
+def test_the_body_moves_from_the_first_update_of_stage_2():
+    model = policy(1)
+    training = train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, classifier_steps=2), generator(1))
+    for stage in (1, 1, 2):
+        before = weights(model)
+        record = next(training)
+        assert record["stage"] == stage and record["flat"] < 1
+        assert ("body.norm.weight" in moved(before, model)) == (stage == 2)
+
+
+@given(seed=seeds)
+def test_without_stage_1_steps_nothing_of_stage_1_matters(seed):
+    """Theory 36: with classifier_steps=0 CF-RL is plain RL bit for bit, whatever stage 1 would have been."""
+    plain, _ = trained(seed, FAST)
+    other, _ = trained(seed, dataclasses.replace(FAST, classifier_lr=9.0, freeze_body=False))
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@given(seed=seeds)
+def test_stage_2_is_plain_rl_from_where_stage_1_stopped(seed):
+    """Theory 36: a fresh optimiser, and the same stream of random numbers: the switch loses no draw."""
+    whole, _ = trained(seed, dataclasses.replace(FAST, steps=4, classifier_steps=2))
+    model, task, draws = policy(seed), TinyTask(REWARDS), generator(seed)
+    list(train_rl(model, task, dataclasses.replace(FAST, steps=2, classifier_steps=2), draws))
+    list(train_rl(model, task, dataclasses.replace(FAST, steps=2), draws))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+@given(seed=seeds)
+def test_the_control_steps_the_classifier_as_cf_rl_does_and_the_body_as_rl_does(seed):
+    """At the first update, from one policy and batch: the control's new W is CF-RL's, its new body plain RL's. Adam's
+    first step divides a gradient by its own size, so rounding shows where a gradient is near 0: 1e-6 of the step."""
+    one = dataclasses.replace(FAST, steps=1)
+    cf_rl, _ = trained(seed, dataclasses.replace(one, classifier_steps=1))
+    control, _ = trained(seed, dataclasses.replace(one, classifier_steps=1, freeze_body=False))
+    rl, _ = trained(seed, one)
+    torch.testing.assert_close(
+        control.classifier.weight, cf_rl.classifier.weight, rtol=0, atol=1e-6 * FAST.classifier_lr
+    )
+    for p, q in zip(control.body.parameters(), rl.body.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6 * FAST.lr)
+
+
+def test_the_control_shares_learning_rates_and_restarts_with_cf_rl(monkeypatch):
+    """Every optimiser that the two arms make, as (parameters, learning rate) of its groups: they differ by the body's
+    group in stage 1 and in nothing else, and both make a new one at the switch."""
+    made = {True: [], False: []}
+    adam = torch.optim.Adam
+    for freeze_body, log in made.items():
+
+        def record(groups, log=log):
+            groups = [{**group, "params": list(group["params"])} for group in groups]
+            log.append([(len(group["params"]), group["lr"]) for group in groups])
+            return adam(groups)
+
+        monkeypatch.setattr(torch.optim, "Adam", record)
+        trained(0, dataclasses.replace(FAST, classifier_steps=2, freeze_body=freeze_body))
+    body = (len(list(policy(0).body.parameters())), FAST.lr)
+    assert made[True] == [[(1, FAST.classifier_lr)], [(1, FAST.lr), body]]
+    assert made[False] == [[(1, FAST.classifier_lr), body], [(1, FAST.lr), body]]
+
+
+@given(seed=seeds)
+def test_an_update_follows_the_gradient_of_the_whole_batch(seed):
+    """Rows without advantage are not scored again, but they count as tokens: one SGD-like step rebuilt from all rows.
+
+    Adam's first step is lr g / (|g| + eps): only signs survive, so compare the gradient norm, which sees sizes."""
+    model, config = policy(seed), dataclasses.replace(FAST, steps=1, prompts=4, samples=2)
+    task, draws = TinyTask(REWARDS), generator(seed)
+    start = copy.deepcopy(model)
+    (record,) = train_rl(model, task, config, draws)
+    draws = generator(seed)
+    pairs = task.train_pairs[torch.randint(2, (4,), generator=draws)].tolist()
+    batch = rollout(start, task, [task.prompt(a, b) for a, b in pairs], 2, draws)
+    advantages = group_advantages(batch.rewards).flatten()
+    loss = policy_gradient_loss(sequence_logp(start, batch.tokens), advantages, batch.mask[:, 1:])
+    norm = gradients(start, loss).norm().item()
+    assert abs(record["gradient_norm"] - norm) < 1e-9 * max(norm, 1.0)
+    assert record["reward"] == pytest.approx(batch.rewards.mean().item())
+    assert record["flat"] == pytest.approx((advantages == 0).double().mean().item())
+    assert record["tokens"] == batch.mask.sum()
+
+
+def test_the_kl_penalty_keeps_the_policy_nearer_to_its_start():
+    """Exact KL of the first token to the start after 30 updates, with and without the penalty."""
+    kls = []
+    for kl in (0.0, 1.0):
+        model = policy(3)
+        start = copy.deepcopy(model)
+        list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, steps=30, kl=kl), generator(0)))
+        prompt = torch.tensor([[0]])
+        with torch.no_grad():
+            logp, reference = (m(prompt)[0, -1].log_softmax(dim=-1) for m in (model, start))
+        kls.append((logp.exp() * (logp - reference)).sum().item())
+    assert 0 < kls[1] < 0.5 * kls[0]
+
+
+@given(seed=seeds)
+def test_the_kl_penalty_alone_moves_nothing_at_the_start(seed):
+    """Rewards all equal, the policy its own reference: every advantage is exactly 0. A mere rounding error here would
+    become a full step: Adam's first divides each gradient by its own size."""
+    model = policy(seed)
+    before = weights(model)
+    list(train_rl(model, TinyTask(), dataclasses.replace(FAST, steps=1, kl=1.0), generator(seed)))
+    assert not moved(before, model)
+
+
+def test_rl_raises_the_reward_and_supervision_lowers_the_loss():
+    """On the tiny task the best response earns 1: from a random policy 60 updates reach 0.9 of it. On one-digit sums
+    the loss of 60 updates of fine-tuning falls by half a nat or more."""
+    _, records = trained(0, dataclasses.replace(FAST, steps=60, samples=8))
+    assert records[0]["reward"] < 0.5 and records[-1]["reward"] > 0.9
+    task = Addition(1)
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    losses = [r["loss"] for r in supervised_finetune(model, task, SFTConfig(steps=60, rows=32, lr=1e-2), generator(0))]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("classifier_steps", [0, 2])
+def test_a_learning_rate_of_zero_changes_no_weight_and_a_positive_one_does(classifier_steps):
+    config = dataclasses.replace(FAST, classifier_steps=classifier_steps)
+    for lr in (0.0, 1e-3):
+        model = policy(0)
+        before = weights(model)
+        list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(config, lr=lr, classifier_lr=lr), generator(0)))
+        assert bool(moved(before, model)) == (lr > 0)
+
+
+# ------------------------------------------------------------------------------------------------------ reproducibility
+
+
+@settings(max_examples=5)
+@given(seed=seeds)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(seed):
+    first, records = trained(seed, FAST)
+    torch.rand(3)  # the global random state plays no part
+    second, again = trained(seed, FAST)
+    assert records == again
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    other = policy(seed)
+    assert list(train_rl(other, TinyTask(REWARDS), FAST, generator(seed + 1))) != records
+
+
+class Watched(Addition):
+    """Notes the operands of every prompt it writes."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.seen = set()
+
+    def prompt(self, a, b):
+        self.seen.add((a, b))
+        return super().prompt(a, b)
+
+
+def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
+    """Every prompt of 100 updates of each kind is noted: all are training pairs, and nearly all occur."""
+    task = Watched()
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    training = {tuple(pair) for pair in task.train_pairs.tolist()}
+    shape = task.prompt(0, 0)  # fine-tuning asks for this one to know a prompt's length
+    for records in (
+        supervised_finetune(model, task, SFTConfig(steps=100, rows=16), generator(0)),
+        train_rl(model, task, dataclasses.replace(FAST, steps=100, prompts=8), generator(0)),
+    ):
+        task.seen.clear()
+        list(records)
+        assert task.seen - {task.operands(shape)} <= training
+        assert len(task.seen & training) > 0.95 * len(training)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(steps=0), "steps must be a whole number of at least 1, not 0"),
+        (dict(prompts=1.5), "prompts must be a whole number of at least 1, not 1.5"),
+        (dict(classifier_steps=4), "classifier_steps=4 is not between 0 and steps=3"),
+        (dict(classifier_steps=-1), "classifier_steps=-1 is not between 0 and steps=3"),
+        (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
+        (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
+        (dict(lr=-1.0), "lr must be finite and not negative, not -1.0"),
+        (dict(kl=float("nan")), "kl must be finite and not negative, not nan"),
+    ],
+)
+def test_an_unusable_configuration_is_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(FAST, **changes)
+    assert dataclasses.replace(FAST, samples=1, baseline="none").samples == 1
+
+
+def test_training_stops_where_something_is_not_finite_and_names_it():
+    """An absurd learning rate overflows the logits at the next update; infinite advantages make the loss infinite."""
+    with pytest.raises(FloatingPointError, match="step 2: the policy's logits are not finite"):
+        trained(0, dataclasses.replace(FAST, lr=1e300))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is -?(inf|nan)"):
+        trained(0, dataclasses.replace(FAST, baseline="none"), TinyTask(dict.fromkeys(REWARDS, 1e308)))
+    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is (inf|nan)"):
+        config = dataclasses.replace(FAST, baseline="none", classifier_steps=1)
+        trained(0, config, TinyTask(dict.fromkeys(REWARDS, 1e308)))
+    with pytest.raises(ValueError, match="rewards must be finite, not nan"):
+        trained(0, FAST, TinyTask(dict.fromkeys(REWARDS, float("nan"))))
+    task = Addition(1)
+    with pytest.raises(FloatingPointError, match="step 2: "):
+        list(supervised_finetune(tiny_gpt(0, 17, 11), task, SFTConfig(steps=3, rows=2, lr=1e300), generator(0)))

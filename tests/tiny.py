@@ -1,0 +1,68 @@
+"""What several test files share: tiny policies, and a task so small that every response can be listed."""
+
+import itertools
+
+import torch
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig
+
+ROUNDING = 1e-12  # a few additions and products of numbers of order 1 in float64
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_gpt(seed, vocab_size=5, block_size=6, n_layer=2, n_head=2, n_embd=8):
+    """A random policy with weights large enough that no probability is near uniform."""
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd), generator(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator(seed))
+    return model
+
+
+def gradients(model, scalar):
+    """One vector: d scalar / d all parameters, zeros where it does not depend on one."""
+    parameters = list(model.parameters())
+    parts = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+class TinyTask:
+    """Prompts `0` and `1`; responses of up to two of the letters a, b and an end token. `rewards`: text -> reward."""
+
+    patterns, alphabet, end_token, vocab_size, block_size, digits = "ab", "01ab", 4, 5, 3, 1
+
+    def __init__(self, rewards=None):
+        self.rewards = rewards or {}
+        self.train_pairs = torch.tensor([[0, 0], [1, 0]])
+        self.heldout_pairs = self.train_pairs
+
+    def prompt(self, a, b):
+        return str(a)
+
+    def encode(self, text):
+        return [self.alphabet.index(character) for character in text]
+
+    def decode(self, tokens):
+        return "".join(self.alphabet[token] for token in tokens)
+
+    def verify(self, prompt, response):
+        return float(self.rewards.get(response, 0.0))
+
+    def answer(self, response):
+        return response
+
+
+def every_response(prompt=0, vocab_size=3, end_token=2, length=2):
+    """All responses of up to `length` tokens that stop at the end token: tokens and mask, (K, 1 + length)."""
+    rows, masks = [], []
+    for response in itertools.product(range(vocab_size), repeat=length):
+        stop = response.index(end_token) + 1 if end_token in response else length
+        if all(token == end_token for token in response[stop:]):  # one padding per response
+            rows.append((prompt, *response))
+            masks.append([False] + [t < stop for t in range(length)])
+    return torch.tensor(rows), torch.tensor(masks)

@@ -1,0 +1,500 @@
+"""Teach a tiny GPT to add, with plain RL and with classifier-first RL, and compare the two. It needs no arguments.
+
+Each seed's starting policy comes from supervised fine-tuning. From it every arm trains on the same prompts, with the
+same number of samples and updates. At the end: a table, curves, worked samples, and one sentence on who was faster and
+whether the matched control was too. With --out DIR the configuration, metrics, summary and policies are kept.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minicfrl import Addition, RLConfig, SFTConfig, evaluate, make_probe, rollout, supervised_finetune, train_rl
+from model import GPT, GPTConfig, check_counts
+
+# An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's.
+ARMS = {
+    "rl": lambda config: {"classifier_steps": 0},
+    "cf-rl": lambda config: {},
+    "rl-classifier-lr": lambda config: {"freeze_body": False},  # the matched control
+    "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
+    "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
+}
+QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
+SAMPLES = 8  # per held-out prompt, in every evaluation
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: the defaults, the flags with their help, and the record in config.json. ValueError for unusable values."""
+
+    digits: int = option(2, "digits of each operand, 1 to 3")
+    sft_steps: int = option(SFTConfig.steps, "updates of supervised fine-tuning")
+    rl_steps: int = option(RLConfig.steps, "updates of every arm, those of stage 1 included")
+    classifier_steps: int = option(20, "updates of stage 1, in which CF-RL trains the classifier alone")
+    prompts: int = option(RLConfig.prompts, "prompts per RL update")
+    samples: int = option(RLConfig.samples, "responses per prompt in RL: the group of the baseline")
+    lr: float = option(RLConfig.lr, "Adam's learning rate in RL")
+    classifier_lr: float = option(RLConfig.classifier_lr, "Adam's learning rate for the classifier in stage 1")
+    baseline: str = option(RLConfig.baseline, "group baseline: std, mean, rloo or none")
+    kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
+    seed: int = option(0, "the first seed")
+    seeds: int = option(1, "how many seeds, counted up from --seed")
+    arms: tuple[str, ...] = option(("rl", "cf-rl", "rl-classifier-lr"), f"arms, by commas, of {', '.join(ARMS)}")
+    eval_every: int = option(4, "updates between two evaluations on held-out prompts")
+    eval_prompts: int = option(64, f"held-out prompts of an evaluation, {SAMPLES} samples each")
+    final_prompts: int = option(512, "held-out prompts of the first and of the last evaluation")
+    threshold: float = option(0.9, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
+
+    def __post_init__(self):
+        counts = ("sft_steps", "rl_steps", "prompts", "samples", "seeds", "eval_every", "eval_prompts", "final_prompts")
+        check_counts(**{name: getattr(self, name) for name in counts})
+        for arm in self.arms:
+            if arm not in ARMS or self.arms.count(arm) > 1:
+                raise ValueError(
+                    f"arm {arm!r} is " + ("there twice" if arm in ARMS else f"not one of {', '.join(ARMS)}")
+                )
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
+        Addition(self.digits), [self.rl(arm) for arm in ARMS]  # these check themselves
+
+    def rl(self, arm) -> RLConfig:
+        """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
+        flags = {f.name: getattr(self, f.name) for f in fields(RLConfig) if hasattr(self, f.name)}
+        return replace(RLConfig(steps=self.rl_steps, **flags), **ARMS[arm](self))
+
+    def jobs(self, *arms):
+        return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
+
+
+def generator(seed, purpose):
+    """A stream of random numbers of its own for each seed and purpose."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_whole(path, write):
+    """write(temporary path), then move that into place: whoever reads `path` sees all of it or nothing."""
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def policy_file(out, arm, seed):
+    return out / f"{arm}-seed{seed}.pt"
+
+
+def rows_file(out, arm, seed):
+    return out / "parts" / f"{arm}-seed{seed}.csv"
+
+
+def append_row(path, row):
+    """One more csv row, under a header if it is the first. The file is closed after each, so Ctrl-C costs no row."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def read_rows(path):
+    """The rows of a csv file as dicts of floats, the arm's name aside."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def merge_rows(out):
+    """metrics.csv: the rows that the jobs wrote, each into a file of its own, in sorted order."""
+    parts = [part.read_text(encoding="utf-8").partition("\n") for part in sorted((out / "parts").glob("*.csv"))]
+    if parts:
+        write_text(out / "metrics.csv", parts[0][0] + "\n" + "".join(rows for _, _, rows in parts))
+
+
+def read_config(out):
+    """The record in DIR/config.json. ValueError if that is something else."""
+    try:
+        record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        return record, Config(**{**record["config"], "arms": tuple(record["config"]["arms"])})
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
+
+
+def open_out(out, config):
+    """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
+    record = {"config": asdict(config), "versions": {"python": sys.version.split()[0], **versions}}
+    record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        write_text(out / "config.json", json.dumps(record, indent=2) + "\n")
+        (out / "parts").mkdir()
+    elif not (out / "config.json").exists():
+        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
+    old, _ = read_config(out)
+    for part in record:
+        for name, value in record[part].items():
+            if old[part].get(name) != value:
+                was = old[part].get(name)
+                raise ValueError(f"{out} holds a run with {name} {was!r}, not {value!r}: choose another --out")
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+
+SLOT = 0  # this process's line of the screen
+
+
+def start_worker(lock, slots):
+    """Set up a worker process: its own progress line, one thread (small matrices), Ctrl-C left to the parent."""
+    global SLOT
+    SLOT = slots.get()
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def job_runner(workers):
+    """A function that trains a list of jobs, each (config, out, seed, arm), and returns their complaints.
+
+    One worker is this process; more are as many new ones, which import torch while the first jobs are under way.
+    """
+    if workers == 1:
+        yield lambda jobs: [complaint for job in jobs if (complaint := train(*job))]
+        return
+    context = multiprocessing.get_context("spawn")  # the one way that every system has
+    lock, slots = context.RLock(), context.SimpleQueue()
+    for slot in range(workers):
+        slots.put(slot)
+    with context.Pool(workers, start_worker, (lock, slots)) as pool:  # leaving it, by Ctrl-C too, ends the workers
+
+        def run_jobs(jobs):
+            result = pool.starmap_async(train, jobs, chunksize=1)
+            while not result.ready():
+                result.wait(0.2)  # in short waits: on Windows a Ctrl-C gets in only between two
+            return [complaint for complaint in result.get() if complaint]
+
+        yield run_jobs
+
+
+def train(config, out, seed, arm):
+    """One job: csv rows as it goes, the policy file once all is done. Returns why it stopped early, if it did."""
+    rows_file(out, arm, seed).unlink(missing_ok=True)  # of a run that was cut short
+    torch.optim.Adam([torch.zeros(1)])  # its first use imports for seconds: before the clock of any arm, not on it
+    try:
+        with tqdm(desc=f"{arm} seed {seed}", position=SLOT, leave=False, disable=None) as bar:
+            model = train_start(config, out, seed, bar) if arm == "sft" else train_arm(config, out, seed, arm, bar)
+    except FloatingPointError as error:
+        return f"{arm}, seed {seed}, stopped at {error}"
+    write_whole(policy_file(out, arm, seed), lambda temporary: torch.save(model.state_dict(), temporary))
+
+
+def train_start(config, out, seed, bar):
+    """Fine-tune the starting policy. Its one row, step 0, begins the curve of every arm."""
+    task = Addition(config.digits)
+    model = GPT(GPTConfig(task.vocab_size, task.block_size), generator(seed, "init"))
+    bar.reset(total=config.sft_steps)
+    clock = time.perf_counter()
+    for record in supervised_finetune(model, task, SFTConfig(steps=config.sft_steps), generator(seed, "sft")):
+        bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
+        bar.update()
+    record = dict(step=0, stage=0, reward=math.nan, entropy=math.nan, flat=math.nan, gradient_norm=math.nan, tokens=0)
+    seconds = {"train_seconds": time.perf_counter() - clock}
+    log_row(config, out, seed, "sft", record, task, model, start_probe(task, model, seed), seconds)
+    return model
+
+
+def train_arm(config, out, seed, arm, bar):
+    """Train one arm from the starting policy, on the stream of prompts that every arm of this seed sees."""
+    task, model = load_policy(config, out, "sft", seed)
+    probe = start_probe(task, model, seed)
+    seconds, live, tokens = {"train_seconds": 0.0}, {}, 0
+    bar.reset(total=config.rl_steps)
+    clock = time.perf_counter()
+    for record in train_rl(model, task, config.rl(arm), generator(seed, "rl")):
+        seconds["train_seconds"] += time.perf_counter() - clock
+        tokens += record["tokens"]
+        live |= {name: f"{record[name]:.2f}" for name in ("reward", "entropy")}
+        if record["step"] % config.eval_every == 0 or record["step"] == config.rl_steps:
+            row = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
+            live["accuracy"] = f"{row['accuracy']:.2f}"
+        bar.set_postfix(live, refresh=False)
+        bar.update()
+        clock = time.perf_counter()
+    return model
+
+
+def load_policy(config, out, arm, seed):
+    task = Addition(config.digits)
+    model = GPT(GPTConfig(task.vocab_size, task.block_size))
+    model.load_state_dict(torch.load(policy_file(out, arm, seed), weights_only=True))
+    return task, model
+
+
+def start_probe(task, model, seed):
+    return make_probe(model, task, task.heldout_pairs[:32], generator(seed, "probe"))
+
+
+def log_row(config, out, seed, arm, record, task, model, probe, seconds):
+    """Evaluate, with the same random numbers each time, so that only the policy differs; append and return the row."""
+    clock = time.perf_counter()
+    prompts = config.final_prompts if record["step"] in (0, config.rl_steps) else config.eval_prompts
+    measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
+    seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
+    training = {"batch_entropy" if name == "entropy" else name: value for name, value in record.items()}
+    row = {"arm": arm, "seed": seed, **training, **measures, **seconds}
+    append_row(rows_file(out, arm, seed), row)
+    return row
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+COLUMNS = (  # of the table: heading, measure, format
+    ("accuracy", "accuracy", ".2f"),
+    ("greedy", "greedy", ".2f"),
+    ("pass@8", "pass_at_8", ".2f"),
+    ("answers", "distinct", ".1f"),
+    ("entropy", "entropy", ".3f"),
+    ("top-1", "confidence", ".3f"),
+    ("D", "share_D", ".2f"),
+    ("S", "share_S", ".2f"),
+    ("G", "share_G", ".2f"),
+    ("updates", "updates_to_threshold", ".0f"),
+    ("seconds", "train_seconds", ".1f"),
+)
+
+
+def summarise(config, out):
+    """{arm: {measure: [the last row's value, per seed], "curves": {measure: [[a value per row], per seed]}}}.
+
+    updates_to_threshold is null where the accuracy did not get there. A job that stopped early is left out.
+    """
+    summary = {}
+    for arm in ("sft", *config.arms):
+        seeds = [seed for seed, _ in config.jobs(arm) if policy_file(out, arm, seed).exists()]
+        runs = [
+            [row for name in dict.fromkeys(("sft", arm)) for row in read_rows(rows_file(out, name, seed))]
+            for seed in seeds
+        ]
+        if runs:
+            reached = [[int(row["step"]) for row in rows if row["accuracy"] >= config.threshold] for rows in runs]
+            summary[arm] = {name: [rows[-1][name] for rows in runs] for name in runs[0][-1] if name != "arm"}
+            summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
+            names = ("step", "accuracy", "entropy", "confidence", "share_S")
+            summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
+    return summary
+
+
+def cell(values, form):
+    """The mean over seeds, with the standard deviation if there are several; how many never, if any."""
+    if None in values:
+        return f"never ({values.count(None)} of {len(values)})"
+    spread = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
+
+
+def table(summary):
+    """The rows of the results table as lists of text, the heading first."""
+    rows = [["arm"] + [heading for heading, _, _ in COLUMNS]]
+    for arm, values in summary.items():
+        rows.append(["start" if arm == "sft" else arm] + [cell(values[name], form) for _, name, form in COLUMNS])
+    rows[1][-2] = ""  # the start has no time to the threshold
+    return rows
+
+
+def sparkline(curves, top):
+    """The mean over seeds of several curves, from 0 to `top`, as one line of blocks."""
+    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)
+
+
+def verdict(config, summary):
+    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds."""
+    arms = ("rl", "cf-rl", "rl-classifier-lr")
+    if not all(arm in summary for arm in arms):
+        return f"No verdict without all of {', '.join(arms)}."
+    updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
+    rl, cf_rl, control = (statistics.median(values) for values in updates)
+    took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
+    cause = "so there is no speed-up to explain"
+    if cf_rl < rl:
+        cause = "so what helped is the classifier's learning rate, not training the classifier first"
+        if control > cf_rl:
+            cause = "so training the classifier first helped, beyond its learning rate"
+    faster = "faster" if cf_rl < rl else "slower" if cf_rl > rl else "no faster"
+    return (
+        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]}: "
+        f"cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+    )
+
+
+def show_answers(config, out, prompts):
+    """Each policy's most likely response to each prompt with the verifier's verdict, and its score in 8 samples."""
+    for prompt in prompts:
+        for arm in ("sft", *config.arms):
+            if policy_file(out, arm, config.seed).exists():
+                task, model = load_policy(config, out, arm, config.seed)
+                greedy = rollout(model, task, [prompt], 1)
+                right = int(rollout(model, task, [prompt], SAMPLES, generator(config.seed, "answers")).rewards.sum())
+                tick = "✓" if greedy.rewards.item() else "✗"
+                name = "before RL" if arm == "sft" else arm
+                print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {name}")
+
+
+def print_report(config, out, summary):
+    rows = table(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from the start to the last update")
+    top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
+    for arm in config.arms:
+        if arm in summary:
+            curves = summary[arm]["curves"]
+            print(f"  {arm:17} {sparkline(curves['accuracy'], 1)}  {sparkline(curves['entropy'], top)}")
+    print("\nheld-out sums: the most likely response, judged by the verifier")
+    task = Addition(config.digits)
+    show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
+    print("\n" + verdict(config, summary))
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser():
+    parser = Parser("train_toy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name, text, **kwargs):
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kwargs)
+
+    for f in fields(Config):
+        arms = f.name == "arms"
+        kind, shown = (
+            (lambda text: tuple(text.split(",")), ",".join(f.default)) if arms else (type(f.default), f.default)
+        )
+        add(f.name, f"{f.metadata['help']} (default {shown})", type=kind, default=f.default, metavar=f.name[0].upper())
+    workers = min(2, os.cpu_count() or 1)
+    add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="W")
+    quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
+    add("quick", f"about 10 seconds, too short to learn much: other defaults ({quick})", action="store_true")
+    add("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
+    add("plot", "also draw DIR/curves.png (takes --out, matplotlib, and a clone)", action="store_true")
+    add("ask", "let the policies before and after RL, those in DIR if there are, answer a prompt", metavar="47+85=")
+    return parser
+
+
+def prepare(args, stack):
+    """Arguments -> (Config, folder for the results). Whatever is wrong raises ValueError or OSError before any work."""
+    check_counts(workers=args.workers)
+    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    if args.plot and args.out is None:
+        raise ValueError("--plot needs --out DIR to draw in")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if args.ask is not None:
+        if args.out and (args.out / "config.json").exists():  # ask whatever run is there
+            _, config = read_config(args.out)
+        Addition(config.digits).operands(args.ask)
+    out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    open_out(out, config)
+    return config, out
+
+
+def run(config, out, workers):
+    """Train what is missing; returns the complaints of the jobs that stopped."""
+
+    def missing(*arms):
+        return [
+            (config, out, seed, arm) for seed, arm in config.jobs(*arms) if not policy_file(out, arm, seed).exists()
+        ]
+
+    if not missing("sft", *config.arms):
+        return []
+    try:
+        with job_runner(workers) as run_jobs:
+            clock = time.perf_counter()
+            print(f"starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
+            complaints = run_jobs(missing("sft"))
+            print(f"  {time.perf_counter() - clock:.0f} s")
+            clock = time.perf_counter()
+            if not complaints:
+                size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
+                print(f"RL from there: {', '.join(config.arms)}; {size}", flush=True)
+                complaints = run_jobs(missing(*config.arms))
+                print(f"  {time.perf_counter() - clock:.0f} s")
+            return complaints
+    finally:
+        merge_rows(out)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0; 1, an arm stopped early; 2, bad arguments; 130, Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console's own encoding may lack the ticks
+            stream.reconfigure(encoding="utf-8")
+    torch.set_num_threads(1)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    if "--quick" in argv:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        try:
+            config, out = prepare(args, stack)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        try:
+            complaints = run(config, out, args.workers)
+        except KeyboardInterrupt:
+            kept = f"the rows so far are in {out}" if args.out else "nothing is kept without --out"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            return 130
+        summary = summarise(config, out)
+        write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if args.ask is not None:
+            show_answers(config, out, [args.ask])
+        elif summary:
+            print_report(config, out, summary)
+        if args.plot:
+            from assets.report import plot_curves
+
+            plot_curves(config, summary, out / "curves.png")
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+        return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

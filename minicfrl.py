@@ -149,6 +149,7 @@ class Rollout:
         """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats."""
         return token_logp(self.logits, self.tokens[:, 1:])
 
+    @property
     def state_logits(self) -> Tensor:
         """(N, V): the logits of the N states that chose a response token, row by row."""
         return self.logits[self.mask[:, 1:]]
@@ -160,16 +161,16 @@ def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=No
     `pattern` forces the first token of every response. A response without an end token is unfinished and earns 0.
     """
     check_counts(prompts=len(prompts), samples=samples)
-    rows = [prompt for prompt in prompts for _ in range(samples)]
-    start = torch.tensor([task.encode(prompt + pattern) for prompt in rows])  # (R, T0)
-    tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator)
+    start = torch.tensor([task.encode(prompt + pattern) for prompt in prompts])  # (P, T0)
+    tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator, samples)
     responses, rewards = [], []
-    lengths = mask.sum(1).tolist()
-    for prompt, row, length in zip(rows, tokens[:, start.size(1) :].tolist(), lengths, strict=True):
-        ended = row[length - 1] == task.end_token
-        responses.append(pattern + task.decode(row[: length - ended]))
-        rewards.append(task.verify(prompt, responses[-1]) if ended else 0.0)
-    return Rollout(tokens, mask, logits, torch.tensor(rewards).view(-1, samples), tuple(responses))
+    rows = zip(tokens[:, start.size(1) :].tolist(), mask.sum(dim=1).tolist(), strict=True)
+    for i, (response, length) in enumerate(rows):
+        ended = response[length - 1] == task.end_token
+        responses.append(pattern + task.decode(response[: length - ended]))
+        rewards.append(task.verify(prompts[i // samples], responses[-1]) if ended else 0.0)
+    rewards = torch.tensor(rewards, dtype=logits.dtype).view(-1, samples)
+    return Rollout(tokens, mask, logits, rewards, tuple(responses))
 
 
 BASELINES = ("std", "mean", "rloo", "none")
@@ -248,9 +249,9 @@ def classifier_gradient(
     features (R, L, d), logits (R, L, V), actions (R, L), advantages (R,), mask (R, L) -> (V, d). `count` as in
     `policy_gradient_loss`. Our derivation; the representation component of Tomihari's kernel comes from this product.
     """
-    if not actions.shape == mask.shape == features.shape[:2] == logits.shape[:2]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (features, logits, actions, mask))
-        raise ValueError(f"features, logits, actions and mask disagree: {shapes}")
+    if not actions.shape == mask.shape == features.shape[:2] == logits.shape[:2] or len(advantages) != len(mask):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (features, logits, actions, advantages, mask))
+        raise ValueError(f"features, logits, actions, advantages and mask disagree: {shapes}")
     weights = (advantages[:, None] * mask)[mask]  # (N,), N the number of states that chose a response token
     residuals = -logits[mask].softmax(dim=-1)  # (N, V)
     residuals[torch.arange(len(weights)), actions[mask]] += 1  # e_y - pi
@@ -306,6 +307,8 @@ class SFTConfig:
 
     def __post_init__(self):
         check_counts(steps=self.steps, rows=self.rows)
+        if not (0 <= self.lr < math.inf and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture)):
+            raise ValueError(f"lr={self.lr}, noise={self.noise} or mixture={self.mixture} is out of range")
 
 
 def _demonstrations(task, config, generator):
@@ -362,9 +365,7 @@ class RLConfig:
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
         if self.samples == 1 and self.baseline != "none":
-            raise ValueError(
-                f"samples=1 leaves the baseline {self.baseline!r} no group to compare with: every update is 0"
-            )
+            raise ValueError(f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
 
 
 def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
@@ -383,15 +384,17 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
         stage = 1 if step <= config.classifier_steps else 2
         classifier_only = stage == 1 and config.freeze_body
         if step in (1, config.classifier_steps + 1):  # (E5)
-            groups = [
-                {"params": model.classifier.parameters(), "lr": config.classifier_lr if stage == 1 else config.lr}
-            ]
+            classifier_lr = config.classifier_lr if stage == 1 else config.lr
+            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}]
             if not classifier_only:
                 groups.append({"params": model.body.parameters(), "lr": config.lr})
             optimizer = torch.optim.Adam(groups)
         with _naming_the_step(step):
             record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
         yield {"step": step, "stage": stage, **record}
+
+
+SLICE = 128  # rows scored at once
 
 
 def _rl_update(model, task, config, optimizer, classifier_only, reference, generator):
@@ -401,32 +404,34 @@ def _rl_update(model, task, config, optimizer, classifier_only, reference, gener
 
     # 2. Compare every sample with its group.
     advantages = group_advantages(batch.rewards, config.baseline)  # (P, G)  (E2)
-    if reference:
+    if reference is not None:
         with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit, not up to rounding
             logp, reference_logp = sequence_logp(model, batch.tokens), sequence_logp(reference, batch.tokens)
         log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
         advantages = advantages - config.kl * log_ratio  # (E6)
     advantages = advantages.flatten()  # (R,)
 
-    # 3. The gradient. Rows without advantage add exactly nothing to it, so only the others are scored again.
-    used, count = advantages != 0, int(batch.mask.sum())
-    tokens, mask, advantages = batch.tokens[used], batch.mask[used, 1:], advantages[used]
+    # 3. The gradient. Rows without advantage add exactly nothing to it, so only the others are scored, a slice at a
+    # time: that keeps the activations small, and with one count of tokens for the whole batch the slices add up.
+    used, count, W = advantages != 0, int(batch.mask.sum()), model.classifier.weight
     optimizer.zero_grad()
-    if classifier_only:
-        with torch.no_grad():
-            features = model.features(tokens)[:, :-1]  # (R, L, d)
-            logits = model.classifier(features)
-            gradient = classifier_gradient(features, logits, tokens[:, 1:], advantages, mask, count)
-        model.classifier.weight.grad = gradient  # (E4)
-    else:
-        loss = policy_gradient_loss(sequence_logp(model, tokens), advantages, mask, count)  # (E3)
-        _require_finite("loss", loss.item())
-        loss.backward()
+    for rows in used.nonzero().flatten().split(SLICE):
+        tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
+        if classifier_only:  # nothing is differentiated
+            with torch.no_grad():
+                features = model.features(tokens)[:, :-1]  # (R, L, d)
+                logits, actions = model.classifier(features), tokens[:, 1:]
+                gradient = classifier_gradient(features, logits, actions, advantages[rows], mask, count)  # (E4)
+                W.grad = gradient if W.grad is None else W.grad + gradient
+        else:
+            loss = policy_gradient_loss(sequence_logp(model, tokens), advantages[rows], mask, count)  # (E3)
+            _require_finite("loss", loss.item())
+            loss.backward()
 
     # 4. Step.
     return {
         "reward": batch.rewards.mean().item(),
-        "entropy": entropy(batch.state_logits()).mean().item(),
+        "entropy": entropy(batch.state_logits).mean().item(),
         "flat": 1 - used.float().mean().item(),
         "gradient_norm": _descend(optimizer),
         "tokens": count,
@@ -493,8 +498,8 @@ def evaluate(
         "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
         f"pass_at_{k}": sum(pass_at_k(samples, c, k) for c in correct) / len(prompts),
         "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(prompts),
-        "entropy": entropy(batch.state_logits()).mean().item(),
-        "confidence": confidence(batch.state_logits()).mean().item(),
+        "entropy": entropy(batch.state_logits).mean().item(),
+        "confidence": confidence(batch.state_logits).mean().item(),
         "probe_entropy": entropy(probe_logits).mean().item(),
         "probe_confidence": confidence(probe_logits).mean().item(),
         "classifier_norm": model.classifier.weight.norm().item(),

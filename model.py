@@ -138,34 +138,43 @@ def check_tokens(model: GPT, tokens: Tensor):
 
 
 @torch.no_grad()
-def sample(model: GPT, prompts: Tensor, max_new_tokens: int, end_token: int, generator: torch.Generator | None = None):
-    """Continue every row of `prompts` (B, T0) until its end token, for at most `max_new_tokens` tokens.
+def sample(
+    model: GPT,
+    prompts: Tensor,
+    max_new_tokens: int,
+    end_token: int,
+    generator: torch.Generator | None = None,
+    samples: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue every row of `prompts` (P, T0), `samples` times each, until its end token, by at most `max_new_tokens`.
 
     Draws from softmax(logits) as it is, at temperature 1 and without truncation, so that the policy that samples is the
     policy that is differentiated; without a generator it takes the most likely token instead.
 
-    Returns tokens (B, T); mask (B, T), true on response tokens, the end token included and nothing after it; and the
-    logits (B, T-1, V) of every state on the way. Shorter rows are padded with the end token.
-    Raises ValueError for bad tokens or counts, FloatingPointError if a logit is not finite.
+    Returns, for B = P * samples rows in the prompts' order, tokens (B, T); mask (B, T), true on response tokens, the
+    end token included and nothing after it; and the logits (B, T-1, V) of every state on the way. Shorter rows are
+    padded with the end token. Raises ValueError for bad arguments, FloatingPointError for logits that are not finite.
     """
     check_tokens(model, prompts)
-    check_counts(max_new_tokens=max_new_tokens)
-    tokens, chunk = prompts, prompts
-    mask = torch.zeros_like(prompts, dtype=torch.bool)
-    ended = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
-    logits, cache = [], [[] for _ in model.body.blocks]
-    for _ in range(max_new_tokens):
-        logits.append(model.classifier(model.body(chunk, cache)))  # the cache knows the rest of the prefix
+    check_counts(max_new_tokens=max_new_tokens, samples=samples)
+    cache = [[] for _ in model.body.blocks]
+    logits = [model.classifier(model.body(prompts, cache)).repeat_interleave(samples, dim=0)]  # each prompt read once
+    for keys_and_values in cache:
+        keys_and_values[:] = (x.repeat_interleave(samples, dim=0) for x in keys_and_values)
+    tokens = prompts.repeat_interleave(samples, dim=0)  # (B, T0), and one longer with every token drawn
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)  # (B,)
+    while True:
         last = logits[-1][:, -1]  # (B, V)
         if not last.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
-        chunk = (
+        token = (
             last.argmax(1, keepdim=True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
         )
-        chunk[ended] = end_token
-        tokens = torch.cat((tokens, chunk), dim=1)
+        token[ended] = end_token
+        tokens = torch.cat((tokens, token), dim=1)
         mask = torch.cat((mask, ~ended[:, None]), dim=1)  # built while sampling: the end token earns credit too
-        ended = ended | (chunk[:, 0] == end_token)
-        if ended.all():
-            break
-    return tokens, mask, torch.cat(logits, dim=1)
+        ended = ended | (token[:, 0] == end_token)
+        if ended.all() or tokens.size(1) == prompts.size(1) + max_new_tokens:
+            return tokens, mask, torch.cat(logits, dim=1)
+        logits.append(model.classifier(model.body(token, cache)))  # the cache knows the earlier positions

@@ -149,20 +149,20 @@ def read_config(out):
 def open_out(out, config):
     """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
-    record = {"config": asdict(config), "versions": {"python": sys.version.split()[0], **versions}}
+    versions["python"] = sys.version.split()[0]
+    record = {"config": asdict(config), "sft": asdict(SFTConfig(steps=config.sft_steps)), "versions": versions}
     record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
         write_text(out / "config.json", json.dumps(record, indent=2) + "\n")
-        (out / "parts").mkdir()
     elif not (out / "config.json").exists():
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     old, _ = read_config(out)
     for part in record:
         for name, value in record[part].items():
-            if old[part].get(name) != value:
-                was = old[part].get(name)
+            if (was := old.get(part, {}).get(name)) != value:
                 raise ValueError(f"{out} holds a run with {name} {was!r}, not {value!r}: choose another --out")
+    (out / "parts").mkdir(exist_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
@@ -282,9 +282,7 @@ COLUMNS = (  # of the table: heading, measure, format
     ("answers", "distinct", ".1f"),
     ("entropy", "entropy", ".3f"),
     ("top-1", "confidence", ".3f"),
-    ("D", "share_D", ".2f"),
-    ("S", "share_S", ".2f"),
-    ("G", "share_G", ".2f"),
+    ("D/S/G", "shares", ".2f"),
     ("updates", "updates_to_threshold", ".0f"),
     ("seconds", "train_seconds", ".1f"),
 )
@@ -311,8 +309,11 @@ def summarise(config, out):
     return summary
 
 
-def cell(values, form):
-    """The mean over seeds, with the standard deviation if there are several; how many never, if any."""
+def cell(arm, name, form):
+    """The mean over seeds, with the standard deviation if there are several; in how many never, if in any."""
+    if name == "shares":  # three means in one cell
+        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
+    values = arm[name]
     if None in values:
         return f"never ({values.count(None)} of {len(values)})"
     spread = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
@@ -322,8 +323,8 @@ def cell(values, form):
 def table(summary):
     """The rows of the results table as lists of text, the heading first."""
     rows = [["arm"] + [heading for heading, _, _ in COLUMNS]]
-    for arm, values in summary.items():
-        rows.append(["start" if arm == "sft" else arm] + [cell(values[name], form) for _, name, form in COLUMNS])
+    for name, arm in summary.items():
+        rows.append(["start" if name == "sft" else name] + [cell(arm, *column[1:]) for column in COLUMNS])
     rows[1][-2] = ""  # the start has no time to the threshold
     return rows
 
@@ -348,9 +349,10 @@ def verdict(config, summary):
         if control > cf_rl:
             cause = "so training the classifier first helped, beyond its learning rate"
     faster = "faster" if cf_rl < rl else "slower" if cf_rl > rl else "no faster"
+    medians = f" (medians of {config.seeds} seeds)" if config.seeds > 1 else ""
     return (
-        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]}: "
-        f"cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]}"
+        f"{medians}: cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
     )
 
 

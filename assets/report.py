@@ -1,9 +1,23 @@
-"""Draw the README's figure and write its numbers, from the results of a run: python assets/report.py DIR
+"""Write the README's numbers and draw its figure from the results of a run: python assets/report.py [DIR]
 
-Nothing between the README's `report` marks is typed by hand: this command writes it, and a test writes it again.
+Between the README's `report` marks nothing is typed by hand: this command writes it from assets/results.json, its own
+copy of DIR's configuration and summary, and a test checks that it would write the same again. Without DIR it works from
+the copy: after a change of the code, whose lines it counts.
 """
 
+import ast
+import json
+import re
 import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_toy  # noqa: E402
+
+RESULTS = ROOT / "assets" / "results.json"
 
 
 def plot_curves(config, summary, path):
@@ -19,10 +33,78 @@ def plot_curves(config, summary, path):
             by_step = list(zip(*curves[name], strict=True))
             steps, means = curves["step"][0], [statistics.fmean(values) for values in by_step]
             axes.plot(steps, means, color=colour, label=arm)
-            axes.fill_between(
-                steps, [min(v) for v in by_step], [max(v) for v in by_step], color=colour, alpha=0.2, lw=0
-            )
+            lows, highs = [min(values) for values in by_step], [max(values) for values in by_step]
+            axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, None if name == "entropy" else 1))
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def lines_of_code(path):
+    """Lines that are not blank, comment or docstring."""
+    text = path.read_text(encoding="utf-8")
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for n, line in lines if n not in prose and line.strip() and not line.strip().startswith("#"))
+
+
+def falls(curve):
+    """How far a curve ever falls below its best so far."""
+    return max(max(curve[: i + 1]) - value for i, value in enumerate(curve))
+
+
+def sections(config, summary):
+    """{name of a report mark: what the README says there}."""
+    heading, *rows = train_toy.table(summary)
+    table = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
+    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in config.arms}
+    gains = [curve[-1] - curve[0] for arm in config.arms for curve in accuracy[arm]]
+    worst = max(falls(curve) for arm in config.arms for curve in accuracy[arm])
+    count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "train_toy.py")}
+    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arms)
+    return {
+        "size": f"{sum(count.values())} lines of code",
+        "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
+        "verdict": train_toy.verdict(config, summary),
+        "spread": f"Over the {config.seeds} seeds and all arms the accuracy rises by {min(gains):.2f} to "
+        f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
+        f"Updates to {config.threshold:g}, seed by seed: {updates}.",
+        "files": "\n".join(f"| `{name}` | {n} |" for name, n in count.items()),
+    }
+
+
+def rewrite(readme, texts):
+    """The README with the text after each `<!-- report: NAME -->` replaced, up to `<!-- end -->`."""
+    for name, text in texts.items():
+        mark = re.compile(rf"(<!-- report: {name} -->)(\n?).*?\n?(<!-- end -->)", re.DOTALL)
+        if not mark.search(readme):
+            raise ValueError(f"README.md has no mark for {name}")
+        readme = mark.sub(lambda m, text=text: f"{m[1]}{m[2]}{text}{m[2]}{m[3]}", readme)
+    return readme
+
+
+def load_results():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return train_toy.Config(**{**results["config"], "arms": tuple(results["config"]["arms"])}), results["summary"]
+
+
+def main():
+    if len(sys.argv) == 2:
+        out = Path(sys.argv[1])
+        if not (out / "summary.json").exists():
+            sys.exit(f"{out} is not the folder of a finished run")
+        record, _ = train_toy.read_config(out)
+        record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        train_toy.write_text(RESULTS, json.dumps(record) + "\n")
+    config, summary = load_results()
+    plot_curves(config, summary, ROOT / "assets" / "curves.png")
+    readme = ROOT / "README.md"
+    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(config, summary)))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,11 +26,13 @@ def test_no_state_sees_a_later_token(seed, position, n_layer, n_head):
     assert not torch.equal(before[:, position], after[:, position])
 
 
-@given(seed=seeds, rows=st.integers(1, 4), prompt=st.integers(1, 4))
-def test_the_sampler_logits_are_the_full_forward_logits(seed, rows, prompt):
+@given(seed=seeds, rows=st.integers(1, 4), prompt=st.integers(1, 4), samples=st.integers(1, 3))
+def test_the_sampler_logits_are_the_full_forward_logits(seed, rows, prompt, samples):
     """Theory 42. With the key-value cache a state's keys and values are those of the full forward, up to rounding."""
     model = tiny_gpt(seed)
-    tokens, _, logits = sample(model, tokens_like(model, rows, prompt, seed), 6 - prompt, 0, generator(seed))
+    prompts = tokens_like(model, rows, prompt, seed)
+    tokens, _, logits = sample(model, prompts, 6 - prompt, 0, generator(seed), samples)
+    assert torch.equal(tokens[:, :prompt], prompts.repeat_interleave(samples, dim=0))
     torch.testing.assert_close(logits, model(tokens)[:, :-1], rtol=ROUNDING, atol=ROUNDING)
 
 

@@ -283,6 +283,8 @@ def test_an_unusable_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(FAST, **changes)
     assert dataclasses.replace(FAST, samples=1, baseline="none").samples == 1
+    with pytest.raises(ValueError, match=r"mixture=\(0.5, 0.5, -1.0\) is out of range"):
+        SFTConfig(mixture=(0.5, 0.5, -1.0))
 
 
 def test_training_stops_where_something_is_not_finite_and_names_it():

@@ -1,0 +1,94 @@
+"""Break the code on purpose, one line at a time, and expect a test to fail: python tests/mutants.py [WORD]
+
+Each row: file, the line's text, what replaces it, and the test file that must turn red. With WORD, only the rows that
+contain it. A mutant that survives is a claim nobody checks; the exit code is the number of survivors.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MUTANTS = [
+    ("model.py", "triu(S - T + 1)", "triu(S - T + 2)", "test_model"),
+    ("model.py", "-math.inf", "-4.0", "test_model"),
+    ("model.py", "weight[start:end]", "weight[: end - start]", "test_model"),
+    ("model.py", "last.softmax(1)", "(last / 0.9).softmax(1)", "test_model"),
+    ("model.py", "mask = torch.cat((mask, ~ended[:, None]), dim=1)", "mask = torch.cat((mask, token != end_token), dim=1)", "test_model"),
+    ("model.py", "bias=False", "bias=True", "test_model"),
+    ("model.py", "repeat_interleave(samples, dim=0) for x", "repeat(samples, 1, 1, 1) for x", "test_model"),
+    ("model.py", "0.1 / (2", "0.1 + torch.rand(()).item() / (2", "test_model"),
+    ("minicfrl.py", "flat = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)", "flat = rewards != rewards", "test_advantages"),
+    ("minicfrl.py", "centred = rewards - rewards.mean(dim=1, keepdim=True)", "centred = rewards - rewards.mean()", "test_advantages"),
+    ("minicfrl.py", "correction=0", "correction=1", "test_advantages"),
+    ("minicfrl.py", '"rloo": G / max(G - 1, 1)', '"rloo": 1.0', "test_advantages"),
+    ("minicfrl.py", "if not rewards.isfinite().all():", "if False:", "test_advantages"),
+    ("minicfrl.py", "model(tokens)[:, :-1], tokens[:, 1:]", "model(tokens)[:, 1:], tokens[:, 1:]", "test_policy_gradient"),
+    ("minicfrl.py", "return -(advantages[:, None]", "return (advantages[:, None]", "test_policy_gradient"),
+    ("minicfrl.py", "logp.masked_fill(~mask, 0.0)).sum()", "logp).sum()", "test_policy_gradient"),
+    ("minicfrl.py", "count = int(mask.sum()) if count is None else count", "count = int(mask.sum())", "test_policy_gradient"),
+    ("minicfrl.py", "actions[mask]] += 1", "actions[mask]] += 0", "test_policy_gradient"),
+    ("minicfrl.py", "return -(weights[:, None]", "return (weights[:, None]", "test_policy_gradient"),
+    ("minicfrl.py", "(logp - reference_logp)", "(logp / reference_logp)", "test_policy_gradient"),
+    ("minicfrl.py", "return ratio - ratio.mean(dim=1, keepdim=True)", "return ratio", "test_policy_gradient"),
+    ("minicfrl.py", "advantages - config.kl * log_ratio", "advantages + config.kl * log_ratio", "test_train"),
+    ("minicfrl.py", "step in (1, config.classifier_steps + 1)", "step == 1", "test_train"),
+    ("minicfrl.py", "if not classifier_only:\n", "if True:\n", "test_train"),
+    ("minicfrl.py", "config.classifier_lr if stage == 1", "config.lr if stage == 1", "test_train"),
+    ("minicfrl.py", "stage == 1 and config.freeze_body", "stage == 1", "test_train"),
+    ("minicfrl.py", "count, W = advantages != 0, int(batch.mask.sum())", "count, W = advantages != 0, int(batch.mask[advantages != 0].sum())", "test_train"),
+    ("minicfrl.py", "task.verify(prompts[i // samples], responses[-1]) if ended else 0.0", "task.verify(prompts[i // samples], responses[-1])", "test_train"),
+    ("minicfrl.py", "pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,)", "pairs = task.heldout_pairs[torch.randint(len(task.heldout_pairs), (config.prompts,)", "test_train"),
+    ("minicfrl.py", "W.grad = gradient if W.grad is None else W.grad + gradient", "W.grad = gradient if W.grad is None else W.grad", "test_train"),
+    ("minicfrl.py", "torch.minimum(draw, draw.T)", "draw / 2", "test_task"),
+    ("minicfrl.py", "_, *rest = rest.split(\";\")", "*_, rest = [[part] for part in rest.split(\";\")]", "test_task"),
+    ("minicfrl.py", "return rest if pattern in (\"D\", \"G\") else None", "return rest", "test_task"),
+    ("minicfrl.py", "divmod(x + y + carry, 10)", "divmod(x + y, 10)", "test_task"),
+    ("minicfrl.py", "if character not in self.alphabet:", "if False:", "test_task"),
+    ("minicfrl.py", "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k", "test_evaluate"),
+    ("minicfrl.py", "probe_logits = model.classifier(features)", "probe_logits = batch.state_logits", "test_evaluate"),
+    ("minicfrl.py", "rollout(model, task, prompts, 1).rewards", "rollout(model, task, prompts, 1, generator).rewards", "test_evaluate"),
+    ("train_toy.py", "ARMS[arm](self))", "{})", "test_cli"),
+    ("train_toy.py", 'generator(seed, "rl")', "generator(seed, arm)", "test_cli"),
+    ("train_toy.py", 'zlib.crc32(f"{purpose} {seed}".encode())', "zlib.crc32(purpose.encode())", "test_cli"),
+    ("train_toy.py", "if control > cf_rl:", "if control >= cf_rl:", "test_cli"),
+    ("train_toy.py", "elif not (out / \"config.json\").exists():", "elif False:", "test_cli"),
+    ("train_toy.py", "signal.signal(signal.SIGINT, signal.SIG_IGN)", "pass", "test_cli"),
+]  # fmt: skip
+
+
+def killed(folder, file, old, new, tests):
+    """Whether the tests fail once `old` is `new`. ValueError if the code has no such text, or several."""
+    source = ROOT / file
+    text = source.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{file} has {text.count(old)} times {old!r}")
+    (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    shutil.copy(source, folder / file)
+    return done.returncode == 1  # pytest: some test failed
+
+
+def main():
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
+        for mutant in MUTANTS:
+            if any(word not in " ".join(mutant) for word in sys.argv[1:]):
+                continue
+            dead = killed(folder, *mutant)
+            survivors += not dead
+            print(
+                f"{'killed  ' if dead else 'SURVIVED'}  {mutant[3]:22} {mutant[1].strip()}  ->  {mutant[2].strip()}",
+                flush=True,
+            )
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,7 +32,8 @@ def plot_curves(config, summary, path):
             curves = summary[arm]["curves"]
             by_step = list(zip(*curves[name], strict=True))
             steps, means = curves["step"][0], [statistics.fmean(values) for values in by_step]
-            axes.plot(steps, means, color=colour, label=arm)
+            style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
+            axes.plot(steps, means, style, color=colour, label=arm)
             lows, highs = [min(values) for values in by_step], [max(values) for values in by_step]
             axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, None if name == "entropy" else 1))

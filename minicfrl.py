@@ -247,7 +247,7 @@ def classifier_gradient(
     d log pi(y) / d logits = e_y - pi, and logits = W phi, so  dL/dW = -1/N sum_i A_i sum_t (e_{y_it} - pi_it) phi_it^T.
 
     features (R, L, d), logits (R, L, V), actions (R, L), advantages (R,), mask (R, L) -> (V, d). `count` as in
-    `policy_gradient_loss`. Our derivation; the representation component of Tomihari's kernel comes from this product.
+    `policy_gradient_loss`. Our derivation. ValueError for shapes that disagree.
     """
     if not actions.shape == mask.shape == features.shape[:2] == logits.shape[:2] or len(advantages) != len(mask):
         shapes = ", ".join(str(tuple(x.shape)) for x in (features, logits, actions, advantages, mask))

@@ -7,7 +7,7 @@ The **body** (theta) turns a prefix x into the features phi, the last hidden sta
 Dynamics in RL Post-Training for Language Models", arXiv 2601.04670. The cut needs two departures from GPT-2: W is NOT
 tied to the token embedding (else W would sit inside phi too), and it has no bias. Everything else is GPT-2: learned
 positions, pre-norm blocks, exact GELU, a 4x MLP. Left out on purpose: dropout, fused attention (on CPU it has no
-forward-mode derivative, which the kernel needs), devices, mixed precision.
+forward-mode derivative, which theory asks for), devices, mixed precision.
 
 Shapes: B rows, T tokens, V vocabulary, d features, h heads, S positions attended to.
 """

@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -64,7 +65,7 @@ class Config:
     arms: tuple[str, ...] = option(("rl", "cf-rl", "rl-classifier-lr"), f"arms, by commas, of {', '.join(ARMS)}")
     eval_every: int = option(4, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(64, f"held-out prompts of an evaluation, {SAMPLES} samples each")
-    final_prompts: int = option(512, "held-out prompts of the first and of the last evaluation")
+    final_prompts: int = option(256, "held-out prompts of the first and of the last evaluation")
     threshold: float = option(0.9, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
 
     def __post_init__(self):
@@ -77,7 +78,9 @@ class Config:
                 )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
-        Addition(self.digits), [self.rl(arm) for arm in ARMS]  # these check themselves
+        Addition(self.digits)  # this checks its argument, and so does
+        for arm in self.arms:
+            self.rl(arm)
 
     def rl(self, arm) -> RLConfig:
         """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
@@ -208,7 +211,8 @@ def train(config, out, seed, arm):
     rows_file(out, arm, seed).unlink(missing_ok=True)  # of a run that was cut short
     torch.optim.Adam([torch.zeros(1)])  # its first use imports for seconds: before the clock of any arm, not on it
     try:
-        with tqdm(desc=f"{arm} seed {seed}", position=SLOT, leave=False, disable=None) as bar:
+        form = "{desc:18} {percentage:3.0f}% |{bar:8}| {remaining} left{postfix}"  # fits 80 columns
+        with tqdm(desc=f"{arm}/{seed}", position=SLOT, leave=False, disable=None, bar_format=form) as bar:
             model = train_start(config, out, seed, bar) if arm == "sft" else train_arm(config, out, seed, arm, bar)
     except FloatingPointError as error:
         return f"{arm}, seed {seed}, stopped at {error}"
@@ -222,7 +226,7 @@ def train_start(config, out, seed, bar):
     bar.reset(total=config.sft_steps)
     clock = time.perf_counter()
     for record in supervised_finetune(model, task, SFTConfig(steps=config.sft_steps), generator(seed, "sft")):
-        bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
+        bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
         bar.update()
     record = dict(step=0, stage=0, reward=math.nan, entropy=math.nan, flat=math.nan, gradient_norm=math.nan, tokens=0)
     seconds = {"train_seconds": time.perf_counter() - clock}
@@ -234,17 +238,16 @@ def train_arm(config, out, seed, arm, bar):
     """Train one arm from the starting policy, on the stream of prompts that every arm of this seed sees."""
     task, model = load_policy(config, out, "sft", seed)
     probe = start_probe(task, model, seed)
-    seconds, live, tokens = {"train_seconds": 0.0}, {}, 0
+    seconds, tokens, accuracy = {"train_seconds": 0.0}, 0, math.nan
     bar.reset(total=config.rl_steps)
     clock = time.perf_counter()
     for record in train_rl(model, task, config.rl(arm), generator(seed, "rl")):
         seconds["train_seconds"] += time.perf_counter() - clock
         tokens += record["tokens"]
-        live |= {name: f"{record[name]:.2f}" for name in ("reward", "entropy")}
         if record["step"] % config.eval_every == 0 or record["step"] == config.rl_steps:
-            row = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
-            live["accuracy"] = f"{row['accuracy']:.2f}"
-        bar.set_postfix(live, refresh=False)
+            accuracy = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
+        live = {"reward": record["reward"], "entropy": record["entropy"], "acc": accuracy}
+        bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in live.items()), refresh=False)
         bar.update()
         clock = time.perf_counter()
     return model
@@ -262,15 +265,14 @@ def start_probe(task, model, seed):
 
 
 def log_row(config, out, seed, arm, record, task, model, probe, seconds):
-    """Evaluate, with the same random numbers each time, so that only the policy differs; append and return the row."""
+    """Evaluate, with the same random numbers each time: only the policy differs. Append the row; return the accuracy."""
     clock = time.perf_counter()
     prompts = config.final_prompts if record["step"] in (0, config.rl_steps) else config.eval_prompts
     measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
     training = {"batch_entropy" if name == "entropy" else name: value for name, value in record.items()}
-    row = {"arm": arm, "seed": seed, **training, **measures, **seconds}
-    append_row(rows_file(out, arm, seed), row)
-    return row
+    append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **seconds})
+    return measures["accuracy"]
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -279,12 +281,11 @@ COLUMNS = (  # of the table: heading, measure, format
     ("accuracy", "accuracy", ".2f"),
     ("greedy", "greedy", ".2f"),
     ("pass@8", "pass_at_8", ".2f"),
-    ("answers", "distinct", ".1f"),
     ("entropy", "entropy", ".3f"),
     ("top-1", "confidence", ".3f"),
     ("D/S/G", "shares", ".2f"),
     ("updates", "updates_to_threshold", ".0f"),
-    ("seconds", "train_seconds", ".1f"),
+    ("sec", "train_seconds", ".0f"),
 )
 
 
@@ -302,7 +303,8 @@ def summarise(config, out):
         ]
         if runs:
             reached = [[int(row["step"]) for row in rows if row["accuracy"] >= config.threshold] for rows in runs]
-            summary[arm] = {name: [rows[-1][name] for rows in runs] for name in runs[0][-1] if name != "arm"}
+            names = [name for name, value in runs[0][-1].items() if name != "arm" and not math.isnan(value)]
+            summary[arm] = {name: [rows[-1][name] for rows in runs] for name in names}
             summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
             names = ("step", "accuracy", "entropy", "confidence", "share_S")
             summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
@@ -315,7 +317,7 @@ def cell(arm, name, form):
         return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
     values = arm[name]
     if None in values:
-        return f"never ({values.count(None)} of {len(values)})"
+        return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
     spread = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{spread}"
 
@@ -324,8 +326,8 @@ def table(summary):
     """The rows of the results table as lists of text, the heading first."""
     rows = [["arm"] + [heading for heading, _, _ in COLUMNS]]
     for name, arm in summary.items():
-        rows.append(["start" if name == "sft" else name] + [cell(arm, *column[1:]) for column in COLUMNS])
-    rows[1][-2] = ""  # the start has no time to the threshold
+        rows.append([name] + [cell(arm, *column[1:]) for column in COLUMNS])
+    rows[1][-2] = ""  # the starting policy has no time to the threshold
     return rows
 
 
@@ -336,23 +338,30 @@ def sparkline(curves, top):
 
 
 def verdict(config, summary):
-    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds."""
+    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds.
+
+    Differences below the distance of two evaluations are ties.
+    """
     arms = ("rl", "cf-rl", "rl-classifier-lr")
     if not all(arm in summary for arm in arms):
         return f"No verdict without all of {', '.join(arms)}."
     updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
     rl, cf_rl, control = (statistics.median(values) for values in updates)
+    if min(rl, cf_rl) == math.inf:
+        return f"No verdict: neither rl nor cf-rl reached held-out accuracy {config.threshold:g}."
     took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
-    cause = "so there is no speed-up to explain"
-    if cf_rl < rl:
-        cause = "so what helped is the classifier's learning rate, not training the classifier first"
-        if control > cf_rl:
-            cause = "so training the classifier first helped, beyond its learning rate"
-    faster = "faster" if cf_rl < rl else "slower" if cf_rl > rl else "no faster"
-    medians = f" (medians of {config.seeds} seeds)" if config.seeds > 1 else ""
+    if abs(rl - cf_rl) <= config.eval_every:
+        faster, cause = "about as fast", "so there is no speed-up to explain"
+    elif cf_rl > rl:
+        faster, cause = "slower", "so there is no speed-up to explain"
+    elif control <= cf_rl + config.eval_every:
+        faster, cause = "faster", "so what helped is the classifier's learning rate, not training the classifier first"
+    else:
+        faster, cause = "faster", "so training the classifier first helped, beyond its learning rate"
+    seeds = f"medians of {config.seeds} seeds" if config.seeds > 1 else "one seed"
     return (
-        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]}"
-        f"{medians}: cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]} "
+        f"({seeds}): cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
     )
 
 
@@ -365,8 +374,7 @@ def show_answers(config, out, prompts):
                 greedy = rollout(model, task, [prompt], 1)
                 right = int(rollout(model, task, [prompt], SAMPLES, generator(config.seed, "answers")).rewards.sum())
                 tick = "✓" if greedy.rewards.item() else "✗"
-                name = "before RL" if arm == "sft" else arm
-                print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {name}")
+                print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {arm}")
 
 
 def print_report(config, out, summary):
@@ -374,8 +382,8 @@ def print_report(config, out, summary):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
-    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from the start to the last update")
+        print(" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft, the starting policy, to the end")
     top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
     for arm in config.arms:
         if arm in summary:
@@ -384,7 +392,7 @@ def print_report(config, out, summary):
     print("\nheld-out sums: the most likely response, judged by the verifier")
     task = Addition(config.digits)
     show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
-    print("\n" + verdict(config, summary))
+    print("\n" + textwrap.fill(verdict(config, summary), 80))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -396,7 +404,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Parser("train_toy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train_toy.py", description=__doc__, formatter_class=form, allow_abbrev=False)
 
     def add(name, text, **kwargs):
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kwargs)
@@ -406,15 +415,22 @@ def make_parser():
         kind, shown = (
             (lambda text: tuple(text.split(",")), ",".join(f.default)) if arms else (type(f.default), f.default)
         )
-        add(f.name, f"{f.metadata['help']} (default {shown})", type=kind, default=f.default, metavar=f.name[0].upper())
+        add(f.name, f"{f.metadata['help']} (default {shown})", type=kind, default=f.default, metavar="X")
     workers = min(2, os.cpu_count() or 1)
-    add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="W")
+    add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
     quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
     add("quick", f"about 10 seconds, too short to learn much: other defaults ({quick})", action="store_true")
     add("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
     add("plot", "also draw DIR/curves.png (takes --out, matplotlib, and a clone)", action="store_true")
-    add("ask", "let the policies before and after RL, those in DIR if there are, answer a prompt", metavar="47+85=")
+    text = (
+        "let the policies before and after RL answer; if --out has a run, nothing is trained and no other flag counts"
+    )
+    add("ask", text, metavar="47+85=")
     return parser
+
+
+def asking_a_saved_run(args):
+    return args.ask is not None and args.out is not None and (args.out / "config.json").exists()
 
 
 def prepare(args, stack):
@@ -425,9 +441,11 @@ def prepare(args, stack):
         raise ValueError("--plot needs --out DIR to draw in")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if asking_a_saved_run(args):  # whatever run it is
+        _, config = read_config(args.out)
+        if not list(args.out.glob("*.pt")):
+            raise ValueError(f"{args.out} holds no policy yet: run it first")
     if args.ask is not None:
-        if args.out and (args.out / "config.json").exists():  # ask whatever run is there
-            _, config = read_config(args.out)
         Addition(config.digits).operands(args.ask)
     out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     open_out(out, config)
@@ -447,9 +465,11 @@ def run(config, out, workers):
     try:
         with job_runner(workers) as run_jobs:
             clock = time.perf_counter()
-            print(f"starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
-            complaints = run_jobs(missing("sft"))
-            print(f"  {time.perf_counter() - clock:.0f} s")
+            complaints = []
+            if missing("sft"):
+                print(f"sft, the starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
+                complaints = run_jobs(missing("sft"))
+                print(f"  {time.perf_counter() - clock:.0f} s")
             clock = time.perf_counter()
             if not complaints:
                 size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
@@ -477,11 +497,15 @@ def main(argv=None):
             config, out = prepare(args, stack)
         except (ValueError, OSError) as error:
             parser.error(str(error))
+        if asking_a_saved_run(args):
+            show_answers(config, out, [args.ask])
+            return 0
         try:
             complaints = run(config, out, args.workers)
         except KeyboardInterrupt:
-            kept = f"the rows so far are in {out}" if args.out else "nothing is kept without --out"
-            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            kept = f"the rows written so far are kept in {out}" if args.out else "nothing is kept without --out"
+            clear = "\r\033[J" if sys.stderr.isatty() else ""  # what is left of the progress lines
+            print(f"{clear}interrupted: {kept}", file=sys.stderr)
             return 130
         summary = summarise(config, out)
         write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -70,10 +71,13 @@ def sections(config, summary):
     return {
         "size": f"{sum(count.values())} lines of code",
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
-        "verdict": train_toy.verdict(config, summary),
-        "spread": f"Over the {config.seeds} seeds and all arms the accuracy rises by {min(gains):.2f} to "
-        f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
-        f"Updates to {config.threshold:g}, seed by seed: {updates}.",
+        "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),
+        "spread": textwrap.fill(
+            f"Over the {config.seeds} seeds and all arms the accuracy rises by {min(gains):.2f} to "
+            f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
+            f"Updates to {config.threshold:g}, seed by seed: {updates}.",
+            118,
+        ),
         "files": "\n".join(f"| `{name}` | {n} |" for name, n in count.items()),
     }
 

@@ -64,6 +64,7 @@ def step_costs():
     start = torch.tensor([task.encode(prompt) for prompt in prompts])
     new_tokens = task.block_size - start.size(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    stage_1_optimizer = torch.optim.Adam(model.classifier.parameters(), lr=0.0)
     advantages = torch.randn(PROMPTS * SAMPLES, generator=generator)  # no group is flat: every row is scored again
     batch = rollout(model, task, prompts, SAMPLES, generator)
     matrix = torch.randn(1024, 1024)
@@ -80,6 +81,7 @@ def step_costs():
         features = model.features(batch.tokens)[:, :-1]
         logits, actions = model.classifier(features), batch.tokens[:, 1:]
         model.classifier.weight.grad = classifier_gradient(features, logits, actions, advantages, batch.mask[:, 1:])
+        stage_1_optimizer.step()
 
     cost = medians(
         sample=lambda: sample(model, start, new_tokens, task.end_token, generator, SAMPLES),

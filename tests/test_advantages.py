@@ -26,20 +26,20 @@ whole = groups(st.integers(-10, 10).map(float))
 
 @given(rewards=whole, kind=centred_kinds)
 def test_the_advantages_of_a_group_sum_to_zero(rewards, kind):
-    """Theory 25: sum_i (r_i - mean) = 0, and a common factor keeps it."""
+    """sum_i (r_i - mean) = 0, and a common factor keeps it."""
     assert group_advantages(rewards, kind).sum(dim=1).abs().max() < 100 * ROUNDING
 
 
 @given(rewards=whole, kind=centred_kinds, shift=st.integers(-5, 5))
 def test_a_shift_of_all_rewards_changes_nothing(rewards, kind, shift):
-    """Theory 25: the mean moves along with the rewards."""
+    """The mean moves along with the rewards."""
     moved = group_advantages(rewards + shift, kind)
     torch.testing.assert_close(moved, group_advantages(rewards, kind), rtol=0, atol=100 * ROUNDING)
 
 
 @given(rewards=whole, factor=st.integers(1, 50))
 def test_a_scale_of_all_rewards_changes_nothing_after_std_normalisation(rewards, factor):
-    """Theory 25: the standard deviation scales along with the rewards. No epsilon spoils it."""
+    """The standard deviation scales along with the rewards. No epsilon spoils it."""
     scaled = group_advantages(rewards * factor, "std")
     torch.testing.assert_close(scaled, group_advantages(rewards, "std"), rtol=0, atol=100 * ROUNDING)
 
@@ -54,13 +54,13 @@ def test_std_advantages_have_unit_population_variance_unless_flat(rewards):
 @given(value=reward, size=st.integers(1, 64), kind=centred_kinds, dtype=st.sampled_from([torch.float32, torch.float64]))
 @example(value=0.1, size=5, kind="std", dtype=torch.float32)  # 0.9, not 0, if the rounded mean met a rounded std
 def test_a_group_of_equal_rewards_gets_exactly_zero(value, size, kind, dtype):
-    """Theory 25. Exactly: any rounding error left over would be divided by a standard deviation of its own size."""
+    """Exactly: any rounding error left over would be divided by a standard deviation of its own size."""
     assert (group_advantages(torch.full((2, size), value, dtype=dtype), kind) == 0).all()
 
 
 @given(rewards=groups(min_size=2))
 def test_rloo_is_the_reward_minus_the_mean_of_the_others(rewards):
-    """Theory 26, from the definition: r_i - (sum - r_i)/(G-1) = G/(G-1) (r_i - mean)."""
+    """From the definition: r_i - (sum - r_i)/(G-1) = G/(G-1) (r_i - mean)."""
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
     torch.testing.assert_close(group_advantages(rewards, "rloo"), rewards - others, rtol=0, atol=1000 * ROUNDING)
 

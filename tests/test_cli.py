@@ -102,8 +102,18 @@ def test_a_run_is_continued_with_what_is_missing_and_ends_the_same(finished, tmp
 def test_saved_policies_answer(finished, capsys):
     assert train_toy.main(["--out", str(finished), "--ask", "4+8="]) == 0  # the run's own configuration, no flags
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines] == ["RL", *ARMS]
+    assert [line.split()[-1] for line in lines] == ["sft", *ARMS]
     assert all(line.startswith("  4+8= ") and ("✗" in line or "✓" in line) for line in lines)
+
+
+def test_asking_trains_nothing(finished, capsys, tmp_path):
+    """Not even what is missing: an unfinished run answers with the policies that are there."""
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(finished / "config.json", tmp_path / "unfinished")
+    question = ["--out", str(tmp_path / "unfinished"), "--ask", "4+8="]
+    assert "holds no policy yet" in refused(capsys, *question)
+    shutil.copy(finished / "cf-rl-seed0.pt", tmp_path / "unfinished")
+    assert train_toy.main(question) == 0 and capsys.readouterr().out.count("\n") == 1
 
 
 def test_plot_draws_a_picture(finished, tmp_path):
@@ -131,6 +141,7 @@ def test_plot_draws_a_picture(finished, tmp_path):
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),
         (["--plot"], "--plot needs --out DIR to draw in"),
+        (["--qui"], "unrecognized arguments: --qui"),
     ],
 )
 def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, message):
@@ -171,21 +182,21 @@ def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_g
 
 
 def test_the_verdict_says_what_the_numbers_say():
-    """Each of its four endings, from made-up updates to the threshold; None stands for never."""
-    config = train_toy.Config()
+    """Each of its endings, from made-up updates to the threshold; None stands for never, 4 apart is a tie."""
 
     def verdict(rl, cf_rl, control):
         return train_toy.verdict(
-            config,
+            train_toy.Config(seeds=len(rl)),
             {arm: {"updates_to_threshold": n} for arm, n in zip(ARMS, (rl, cf_rl, control), strict=True)},
         )
 
-    assert "took rl 40 updates and cf-rl 12: cf-rl was faster" in verdict([40], [12], [20])
+    assert "took rl 40 updates and cf-rl 12 (one seed): cf-rl was faster" in verdict([40], [12], [20])
     assert "took 20: so training the classifier first helped" in verdict([40], [12], [20])
-    assert "so what helped is the classifier's learning rate" in verdict([40], [12], [12])
-    assert "rl 12 updates and cf-rl more than 80: cf-rl was slower" in verdict([12], [None], [12])
-    assert "no faster" in verdict([None], [None], [8])
-    assert "took rl 20 updates and cf-rl 8: cf-rl was faster" in verdict([4, 20, None], [8, 4, 80], [9, 9, 9])
+    assert "so what helped is the classifier's learning rate" in verdict([40], [12], [16])
+    assert "rl 12 updates and cf-rl more than 80 (one seed): cf-rl was slower" in verdict([12], [None], [12])
+    assert "cf-rl was about as fast" in verdict([16], [12], [8])
+    assert "neither rl nor cf-rl reached" in verdict([None], [None], [8])
+    assert "20 updates and cf-rl 8 (medians of 3 seeds): cf-rl" in verdict([4, 20, None], [8, 4, 80], [9, 9, 9])
 
 
 def test_help_explains_every_flag(capsys):
@@ -224,13 +235,15 @@ def test_ctrl_c_keeps_the_rows_written_so_far(tmp_path):
     out = tmp_path / "long"
     command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
     command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     started = time.monotonic()
     while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
         assert process.poll() is None and time.monotonic() - started < 60
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == f"\ninterrupted: the rows so far are in {out}\n"
+    assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
     rows = rows_without_seconds(out / "metrics.csv")
     assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_G"] for row in rows)

@@ -14,7 +14,7 @@ from minicfrl import confidence, entropy, evaluate, make_probe, pass_at_k, rollo
 
 @given(n=st.integers(1, 12), data=st.data())
 def test_pass_at_k_is_unbiased(n, data):
-    """Theory 44: over c ~ Binomial(n, p) its expectation is the chance that k fresh samples are not all wrong."""
+    """Over c ~ Binomial(n, p) its expectation is the chance that k fresh samples are not all wrong."""
     k, p = data.draw(st.integers(1, n)), data.draw(st.floats(0, 1))
     mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
     assert abs(mean - (1 - (1 - p) ** k)) < ROUNDING
@@ -98,7 +98,7 @@ def test_feature_change_is_relative_to_the_start(seed, size):
 
 @given(seed=seeds)
 def test_the_probe_stays_when_the_policy_moves(seed):
-    """Theory 2.8: scaling W by 3 leaves the probe's states; its entropy is that of the scaled logits there."""
+    """Scaling W by 3 leaves the probe's states; its entropy is that of the scaled logits there."""
     task = TinyTask()
     model = tiny_gpt(seed, task.vocab_size, task.block_size)
     probe = make_probe(model, task, task.heldout_pairs, generator(seed))

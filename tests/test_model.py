@@ -28,7 +28,7 @@ def test_no_state_sees_a_later_token(seed, position, n_layer, n_head):
 
 @given(seed=seeds, rows=st.integers(1, 4), prompt=st.integers(1, 4), samples=st.integers(1, 3))
 def test_the_sampler_logits_are_the_full_forward_logits(seed, rows, prompt, samples):
-    """Theory 42. With the key-value cache a state's keys and values are those of the full forward, up to rounding."""
+    """With the key-value cache a state's keys and values are those of the full forward, up to rounding."""
     model = tiny_gpt(seed)
     prompts = tokens_like(model, rows, prompt, seed)
     tokens, _, logits = sample(model, prompts, 6 - prompt, 0, generator(seed), samples)
@@ -37,7 +37,7 @@ def test_the_sampler_logits_are_the_full_forward_logits(seed, rows, prompt, samp
 
 
 def test_the_sampler_logits_are_the_full_forward_logits_in_float32():
-    """Theory 41, 42 in the precision that training runs in: 1e-5 is some hundred roundings of numbers of order 1."""
+    """The same in the precision that training runs in: 1e-5 is some hundred roundings of numbers of order 1."""
     model = tiny_gpt(0, block_size=16, n_embd=64).float()
     tokens, _, logits = sample(model, tokens_like(model, 64, 6, 0), 10, 0, generator(0))
     torch.testing.assert_close(logits, model(tokens)[:, :-1], rtol=1e-5, atol=1e-5)

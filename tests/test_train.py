@@ -49,7 +49,7 @@ def trained(seed, config, task=None):
 
 @given(seed=seeds, samples=st.integers(1, 4))
 def test_a_rollout_holds_what_was_sampled(seed, samples):
-    """Log-probabilities are recomputed by a full forward (theory 41); rewards and texts are read off the tokens."""
+    """Log-probabilities are recomputed by a full forward; rewards and texts are read off the tokens."""
     model, task = policy(seed), TinyTask(REWARDS)
     batch = rollout(model, task, ["0", "1"], samples, generator(seed))
     assert batch.rewards.shape == (2, samples) and batch.logp.shape == batch.mask[:, 1:].shape
@@ -84,7 +84,7 @@ def test_rollout_refuses_bad_counts():
 
 @given(seed=seeds, k=st.integers(1, 3))
 def test_stage_1_moves_the_classifier_and_not_one_bit_of_the_body(seed, k):
-    """Theory 30. (E4) is the only gradient that stage 1 forms, and its optimiser knows no other parameter."""
+    """(E4) is the only gradient that stage 1 forms, and its optimiser knows no other parameter."""
     model = policy(seed)
     before = weights(model)
     records = list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, classifier_steps=3), generator(seed)))
@@ -104,7 +104,7 @@ def test_the_body_moves_from_the_first_update_of_stage_2():
 
 @given(seed=seeds)
 def test_without_stage_1_steps_nothing_of_stage_1_matters(seed):
-    """Theory 36: with classifier_steps=0 CF-RL is plain RL bit for bit, whatever stage 1 would have been."""
+    """With classifier_steps=0 CF-RL is plain RL bit for bit, whatever stage 1 would have been."""
     plain, _ = trained(seed, FAST)
     other, _ = trained(seed, dataclasses.replace(FAST, classifier_lr=9.0, freeze_body=False))
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), other.parameters(), strict=True))
@@ -112,7 +112,7 @@ def test_without_stage_1_steps_nothing_of_stage_1_matters(seed):
 
 @given(seed=seeds)
 def test_stage_2_is_plain_rl_from_where_stage_1_stopped(seed):
-    """Theory 36: a fresh optimiser, and the same stream of random numbers: the switch loses no draw."""
+    """A fresh optimiser, and the same stream of random numbers: the switch loses no draw."""
     whole, _ = trained(seed, dataclasses.replace(FAST, steps=4, classifier_steps=2))
     model, task, draws = policy(seed), TinyTask(REWARDS), generator(seed)
     list(train_rl(model, task, dataclasses.replace(FAST, steps=2, classifier_steps=2), draws))
@@ -187,6 +187,18 @@ def test_the_kl_penalty_keeps_the_policy_nearer_to_its_start():
             logp, reference = (m(prompt)[0, -1].log_softmax(dim=-1) for m in (model, start))
         kls.append((logp.exp() * (logp - reference)).sum().item())
     assert 0 < kls[1] < 0.5 * kls[0]
+
+
+@pytest.mark.parametrize("freeze_body", [True, False])
+@given(seed=seeds)
+def test_the_gradient_does_not_depend_on_how_many_rows_are_scored_at_once(freeze_body, seed):
+    """Its slices share one count of tokens, so they add up, in (E3) and in (E4)."""
+    config = dataclasses.replace(FAST, steps=1, classifier_steps=1, freeze_body=freeze_body)
+    (whole,) = trained(seed, config)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minicfrl.SLICE", 4)
+        (sliced,) = trained(seed, config)[1]
+    assert sliced["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-9)
 
 
 @given(seed=seeds)

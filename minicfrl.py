@@ -60,7 +60,8 @@ class Addition:
             special_tokens={"<end>": self.end_token},
         )
         self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (S) and the end token
-        draw = torch.rand(10**digits, 10**digits, generator=torch.Generator().manual_seed(0))
+        size = (10**digits, 10**digits)  # of one dtype, whatever the default: the split must never move
+        draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         held_out = torch.minimum(draw, draw.T) < 0.05  # symmetric: knowing b+a must not give a+b away
         order = torch.randperm(int(held_out.sum()), generator=torch.Generator().manual_seed(0))
         self.heldout_pairs, self.train_pairs = held_out.nonzero()[order], (~held_out).nonzero()  # (N, 2) each
@@ -68,8 +69,8 @@ class Addition:
     def prompt(self, a: int, b: int) -> str:
         """The question as text, both operands zero-padded. ValueError for an operand out of range."""
         for operand in (a, b):
-            if not 0 <= operand < 10**self.digits:
-                raise ValueError(f"operand {operand} does not have 1 to {self.digits} digits")
+            if not isinstance(operand, int) or not 0 <= operand < 10**self.digits:
+                raise ValueError(f"operand {operand!r} is not a whole number of 1 to {self.digits} digits")
         return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
 
     def operands(self, prompt: str) -> tuple[int, int]:
@@ -83,6 +84,8 @@ class Addition:
         """A response in the given pattern. In S each column's digit is wrong with probability `noise`, and the answer
         repeats what the columns say. `generator` draws the noise and the digits of G. ValueError for a bad argument."""
         self.prompt(a, b)  # checks the operands
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise must lie between 0 and 1, not {noise}")
         if pattern == "G":
             guess = torch.randint(10, (self.digits + 1,), generator=generator)
             return "G" + "".join(map(str, guess.tolist()))
@@ -121,8 +124,8 @@ class Addition:
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens -> text. ValueError naming a token that stands for no character (the end token, for one)."""
         for token in tokens:
-            if not 0 <= token < self.end_token:
-                raise ValueError(f"token {token} stands for no character")
+            if not isinstance(token, int) or not 0 <= token < self.end_token:
+                raise ValueError(f"token {token!r} stands for no character")
         return self.tokenizer.decode(tokens)
 
 
@@ -168,7 +171,7 @@ def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=No
     for i, (response, length) in enumerate(rows):
         ended = response[length - 1] == task.end_token
         responses.append(pattern + task.decode(response[: length - ended]))
-        rewards.append(task.verify(prompts[i // samples], responses[-1]) if ended else 0.0)
+        rewards.append(task.verify(prompts[i // samples], responses[-1]) * ended)
     rewards = torch.tensor(rewards, dtype=logits.dtype).view(-1, samples)
     return Rollout(tokens, mask, logits, rewards, tuple(responses))
 
@@ -183,13 +186,14 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     rloo  the reward minus the mean of the OTHER samples     none  the reward itself (REINFORCE)
 
     Except for `none`, a group of equal rewards (of one sample, for one) prefers nothing: exactly 0, where rounding in
-    the mean divided by a vanishing std would be noise of order 1. ValueError for rewards that are not finite.
+    the mean divided by a vanishing std would be noise of order 1. Equal means: up to a few roundings. ValueError for
+    rewards that are not finite.
 
     >>> group_advantages(torch.tensor([[1., 0., 1., 0.], [.1, .1, .1, .1]])).tolist()
     [[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be (P, G), not {tuple(rewards.shape)}")
+    if rewards.ndim != 2 or rewards.size(1) == 0 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
     if not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
     if kind not in BASELINES:
@@ -197,14 +201,14 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     if kind == "none":
         return rewards.clone()
     G = rewards.size(1)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)  (E2)
-    scales = {
-        "mean": 1.0,
-        "std": 1 / rewards.std(dim=1, correction=0, keepdim=True),  # (P, 1)
-        "rloo": G / max(G - 1, 1),
-    }
-    flat = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
-    return (centred * scales[kind]).masked_fill(flat, 0.0)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)  (E2)
+    if kind == "std":
+        advantages = advantages / rewards.std(dim=1, correction=0, keepdim=True)
+    elif kind == "rloo":
+        advantages = advantages * G / max(G - 1, 1)
+    span = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (P, 1)
+    rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(dim=1, keepdim=True)
+    return advantages.masked_fill(span <= rounding, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- losses, gradients
@@ -221,6 +225,13 @@ def sequence_logp(model: GPT, tokens: Tensor) -> Tensor:
     return token_logp(model(tokens)[:, :-1], tokens[:, 1:])
 
 
+def _check_rows(mask, advantages, **others):
+    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
+    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
+        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
+
+
 def _token_count(mask, count):
     count = int(mask.sum()) if count is None else count
     if count < 1:
@@ -234,8 +245,7 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
     Only its gradient means anything: the value can be 0 while the policy learns. N is ONE count of tokens for the whole
     batch; if the rows are a part of a larger batch, pass that batch's `count`, and the parts' losses add up.
     """
-    if logp.shape != mask.shape or advantages.shape != logp.shape[:1]:
-        raise ValueError(f"logp {tuple(logp.shape)}, advantages {tuple(advantages.shape)}, mask {tuple(mask.shape)}")
+    _check_rows(mask, advantages, logp=logp)
     return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / _token_count(mask, count)  # (E3)
 
 
@@ -249,9 +259,7 @@ def classifier_gradient(
     features (R, L, d), logits (R, L, V), actions (R, L), advantages (R,), mask (R, L) -> (V, d). `count` as in
     `policy_gradient_loss`. Our derivation. ValueError for shapes that disagree.
     """
-    if not actions.shape == mask.shape == features.shape[:2] == logits.shape[:2] or len(advantages) != len(mask):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (features, logits, actions, advantages, mask))
-        raise ValueError(f"features, logits, actions, advantages and mask disagree: {shapes}")
+    _check_rows(mask, advantages, features=features, logits=logits, actions=actions)
     weights = (advantages[:, None] * mask)[mask]  # (N,), N the number of states that chose a response token
     residuals = -logits[mask].softmax(dim=-1)  # (N, V)
     residuals[torch.arange(len(weights)), actions[mask]] += 1  # e_y - pi
@@ -274,7 +282,8 @@ def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, sample
 
 
 @contextlib.contextmanager
-def _naming_the_step(step):
+def naming_the_step(step):
+    """Within, a FloatingPointError says at which step it happened."""
     try:
         yield
     except FloatingPointError as error:
@@ -307,7 +316,11 @@ class SFTConfig:
 
     def __post_init__(self):
         check_counts(steps=self.steps, rows=self.rows)
-        if not (0 <= self.lr < math.inf and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture)):
+        if len(self.mixture) != len(Addition.patterns):
+            raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
+        if not (
+            0 <= self.lr < math.inf and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
+        ):
             raise ValueError(f"lr={self.lr}, noise={self.noise} or mixture={self.mixture} is out of range")
 
 
@@ -335,7 +348,7 @@ def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Itera
         optimizer.zero_grad()
         loss = policy_gradient_loss(sequence_logp(model, tokens), torch.ones(config.rows), mask[:, 1:])
         loss.backward()
-        with _naming_the_step(step):
+        with naming_the_step(step):
             _require_finite("loss", loss.item())
             _descend(optimizer)
         yield {"step": step, "loss": loss.item()}
@@ -357,8 +370,8 @@ class RLConfig:
 
     def __post_init__(self):
         check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
-        if not 0 <= self.classifier_steps <= self.steps:
-            raise ValueError(f"classifier_steps={self.classifier_steps} is not between 0 and steps={self.steps}")
+        if type(self.classifier_steps) is not int or not 0 <= self.classifier_steps <= self.steps:
+            raise ValueError(f"classifier_steps={self.classifier_steps!r} is not between 0 and steps={self.steps}")
         for name in ("lr", "classifier_lr", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
@@ -389,7 +402,7 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
             if not classifier_only:
                 groups.append({"params": model.body.parameters(), "lr": config.lr})
             optimizer = torch.optim.Adam(groups)
-        with _naming_the_step(step):
+        with naming_the_step(step):
             record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
         yield {"step": step, "stage": stage, **record}
 

@@ -156,7 +156,9 @@ def sample(
     padded with the end token. Raises ValueError for bad arguments, FloatingPointError for logits that are not finite.
     """
     check_tokens(model, prompts)
-    check_counts(max_new_tokens=max_new_tokens, samples=samples)
+    check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
+    if not 0 <= end_token < model.config.vocab_size:
+        raise ValueError(f"end token {end_token} is outside the vocabulary of {model.config.vocab_size}")
     cache = [[] for _ in model.body.blocks]
     logits = [model.classifier(model.body(prompts, cache)).repeat_interleave(samples, dim=0)]  # each prompt read once
     for keys_and_values in cache:

@@ -21,13 +21,25 @@ import tempfile
 import textwrap
 import time
 import zlib
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minicfrl import Addition, RLConfig, SFTConfig, evaluate, make_probe, rollout, supervised_finetune, train_rl
+from minicfrl import (
+    Addition,
+    RLConfig,
+    SFTConfig,
+    evaluate,
+    make_probe,
+    naming_the_step,
+    rollout,
+    supervised_finetune,
+    train_rl,
+)
 from model import GPT, GPTConfig, check_counts
 
 # An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's.
@@ -71,6 +83,8 @@ class Config:
     def __post_init__(self):
         counts = ("sft_steps", "rl_steps", "prompts", "samples", "seeds", "eval_every", "eval_prompts", "final_prompts")
         check_counts(**{name: getattr(self, name) for name in counts})
+        if type(self.seed) is not int:
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
         for arm in self.arms:
             if arm not in ARMS or self.arms.count(arm) > 1:
                 raise ValueError(
@@ -136,8 +150,9 @@ def read_rows(path):
 def merge_rows(out):
     """metrics.csv: the rows that the jobs wrote, each into a file of its own, in sorted order."""
     parts = [part.read_text(encoding="utf-8").partition("\n") for part in sorted((out / "parts").glob("*.csv"))]
-    if parts:
-        write_text(out / "metrics.csv", parts[0][0] + "\n" + "".join(rows for _, _, rows in parts))
+    headers = [header for header, _, _ in parts if header]
+    if headers:
+        write_text(out / "metrics.csv", headers[0] + "\n" + "".join(rows for _, _, rows in parts))
 
 
 def read_config(out):
@@ -145,7 +160,7 @@ def read_config(out):
     try:
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return record, Config(**{**record["config"], "arms": tuple(record["config"]["arms"])})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
 
 
@@ -163,7 +178,7 @@ def open_out(out, config):
     old, _ = read_config(out)
     for part in record:
         for name, value in record[part].items():
-            if (was := old.get(part, {}).get(name)) != value:
+            if (was := (old.get(part) or {}).get(name)) != value:
                 raise ValueError(f"{out} holds a run with {name} {was!r}, not {value!r}: choose another --out")
     (out / "parts").mkdir(exist_ok=True)
 
@@ -195,15 +210,20 @@ def job_runner(workers):
     lock, slots = context.RLock(), context.SimpleQueue()
     for slot in range(workers):
         slots.put(slot)
-    with context.Pool(workers, start_worker, (lock, slots)) as pool:  # leaving it, by Ctrl-C too, ends the workers
+    with ProcessPoolExecutor(workers, context, start_worker, (lock, slots)) as pool:
 
         def run_jobs(jobs):
-            result = pool.starmap_async(train, jobs, chunksize=1)
-            while not result.ready():
-                result.wait(0.2)  # in short waits: on Windows a Ctrl-C gets in only between two
-            return [complaint for complaint in result.get() if complaint]
+            futures = [pool.submit(train, *job) for job in jobs]
+            while wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
+                pass  # in short waits: on Windows a Ctrl-C gets in only between two
+            return [complaint for future in futures if (complaint := future.result())]
 
-        yield run_jobs
+        try:
+            yield run_jobs
+        except BaseException:  # Ctrl-C above all: do not wait for what the workers are at
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def train(config, out, seed, arm):
@@ -245,7 +265,8 @@ def train_arm(config, out, seed, arm, bar):
         seconds["train_seconds"] += time.perf_counter() - clock
         tokens += record["tokens"]
         if record["step"] % config.eval_every == 0 or record["step"] == config.rl_steps:
-            accuracy = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
+            with naming_the_step(record["step"]):
+                accuracy = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
         live = {"reward": record["reward"], "entropy": record["entropy"], "acc": accuracy}
         bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in live.items()), refresh=False)
         bar.update()
@@ -265,7 +286,7 @@ def start_probe(task, model, seed):
 
 
 def log_row(config, out, seed, arm, record, task, model, probe, seconds):
-    """Evaluate, with the same random numbers each time: only the policy differs. Append the row; return the accuracy."""
+    """Evaluate, with the same random numbers each time: only the policy differs. Append a row; return the accuracy."""
     clock = time.perf_counter()
     prompts = config.final_prompts if record["step"] in (0, config.rl_steps) else config.eval_prompts
     measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
@@ -292,7 +313,7 @@ COLUMNS = (  # of the table: heading, measure, format
 def summarise(config, out):
     """{arm: {measure: [the last row's value, per seed], "curves": {measure: [[a value per row], per seed]}}}.
 
-    updates_to_threshold is null where the accuracy did not get there. A job that stopped early is left out.
+    updates_to_threshold is null where the accuracy did not get there. What stopped early is left out of the rest.
     """
     summary = {}
     for arm in ("sft", *config.arms):
@@ -305,6 +326,7 @@ def summarise(config, out):
             reached = [[int(row["step"]) for row in rows if row["accuracy"] >= config.threshold] for rows in runs]
             names = [name for name, value in runs[0][-1].items() if name != "arm" and not math.isnan(value)]
             summary[arm] = {name: [rows[-1][name] for rows in runs] for name in names}
+            reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
             summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
             names = ("step", "accuracy", "entropy", "confidence", "share_S")
             summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
@@ -456,36 +478,34 @@ def run(config, out, workers):
     """Train what is missing; returns the complaints of the jobs that stopped."""
 
     def missing(*arms):
-        return [
-            (config, out, seed, arm) for seed, arm in config.jobs(*arms) if not policy_file(out, arm, seed).exists()
-        ]
+        files = {job: (policy_file(out, job[1], job[0]), rows_file(out, job[1], job[0])) for job in config.jobs(*arms)}
+        return [(config, out, *job) for job in files if not all(file.exists() for file in files[job])]
 
-    if not missing("sft", *config.arms):
-        return []
+    complaints, clock = [], time.perf_counter()
     try:
         with job_runner(workers) as run_jobs:
-            clock = time.perf_counter()
-            complaints = []
             if missing("sft"):
                 print(f"sft, the starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
                 complaints = run_jobs(missing("sft"))
                 print(f"  {time.perf_counter() - clock:.0f} s")
             clock = time.perf_counter()
-            if not complaints:
+            if missing(*config.arms) and not complaints:
                 size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
                 print(f"RL from there: {', '.join(config.arms)}; {size}", flush=True)
                 complaints = run_jobs(missing(*config.arms))
                 print(f"  {time.perf_counter() - clock:.0f} s")
-            return complaints
+    except BrokenProcessPool:
+        complaints.append("a worker process died, of too little memory perhaps: start again to continue")
     finally:
         merge_rows(out)
+    return complaints
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0; 1, an arm stopped early; 2, bad arguments; 130, Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console's own encoding may lack the ticks
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     torch.set_num_threads(1)
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()

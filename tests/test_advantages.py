@@ -58,6 +58,11 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(value, size, kind, dtype):
     assert (group_advantages(torch.full((2, size), value, dtype=dtype), kind) == 0).all()
 
 
+def test_rewards_that_differ_by_rounding_alone_are_equal():
+    """0.1 + 0.2 and 0.3 differ in the last bit; over a std of that size they would be 1 and -1."""
+    assert (group_advantages(torch.tensor([[0.1 + 0.2, 0.3]]), "std") == 0).all()
+
+
 @given(rewards=groups(min_size=2))
 def test_rloo_is_the_reward_minus_the_mean_of_the_others(rewards):
     """From the definition: r_i - (sum - r_i)/(G-1) = G/(G-1) (r_i - mean)."""
@@ -92,7 +97,10 @@ def test_a_reward_that_is_not_finite_is_refused_by_value(bad):
 
 
 def test_bad_shape_and_kind_are_refused():
-    with pytest.raises(ValueError, match=r"rewards must be \(P, G\), not \(3,\)"):
+    with pytest.raises(ValueError, match=r"rewards must be \(P, G\) floats with G > 0, not \(3,\)"):
         group_advantages(torch.zeros(3))
+    for rewards in (torch.zeros(2, 0), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"floats with G > 0, not \(2, "):
+            group_advantages(rewards)
     with pytest.raises(ValueError, match="kind must be one of std, mean, rloo, none, not 'median'"):
         group_advantages(torch.zeros(1, 3), "median")

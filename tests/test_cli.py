@@ -57,11 +57,42 @@ def test_a_run_leaves_what_the_readme_says(finished):
     rows = rows_without_seconds(finished / "metrics.csv")
     arms = [(arm, step) for arm in ("cf-rl", "rl-classifier-lr", "rl") for step in ("2", "4")]  # by file name
     assert [(row["arm"], row["step"]) for row in rows] == [*arms, ("sft", "0")]
+    tokens = [int(row["tokens"]) for row in rows[:2]]
+    assert 0 < tokens[0] < tokens[1]  # so far, not in this update
     assert all(float(row["reward"]) > 0 for row in rows[:-1])  # so there is something to learn, and to repeat
     config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
     assert list(summary) == ["sft", *ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
+
+
+def test_the_arms_are_what_the_readme_says():
+    config = train_toy.Config(rl_steps=50, classifier_steps=7, lr=1e-3, classifier_lr=1e-2)
+    arms = {arm: config.rl(arm) for arm in train_toy.ARMS}
+    settings = {arm: (c.classifier_steps, c.lr, c.classifier_lr, c.freeze_body) for arm, c in arms.items()}
+    assert settings == {
+        "rl": (0, 1e-3, 1e-2, True),
+        "cf-rl": (7, 1e-3, 1e-2, True),
+        "rl-classifier-lr": (7, 1e-3, 1e-2, False),
+        "cf-rl-same-lr": (7, 1e-3, 1e-3, True),
+        "classifier-only": (50, 1e-3, 1e-2, True),
+    }
+
+
+def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):
+    """Made-up rows: seed 0 crosses 0.9 at update 8, exactly; seed 1 stopped early."""
+    config = train_toy.Config(seeds=2, arms=("rl",))
+    (tmp_path / "parts").mkdir()
+    for arm, steps in (("sft", [0]), ("rl", [4, 8, 12])):
+        train_toy.policy_file(tmp_path, arm, 0).write_bytes(b"")
+        for step in steps:
+            row = {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
+            row |= dict.fromkeys(("entropy", "confidence", "share_S"), 0.5)
+            train_toy.append_row(train_toy.rows_file(tmp_path, arm, 0), row)
+    summary = train_toy.summarise(config, tmp_path)
+    assert summary["rl"]["updates_to_threshold"] == [8, None]
+    assert summary["rl"]["accuracy"] == [0.95] and summary["rl"]["curves"]["step"] == [[0, 4, 8, 12]]
+    assert train_toy.cell({"x": [1.0, 2.0, 3.0]}, "x", ".1f") == "2.0 ±1.0"  # the sample's standard deviation
 
 
 def test_every_arm_sees_the_same_prompts_and_starts_from_the_same_policy(tmp_path):
@@ -96,6 +127,8 @@ def test_a_run_is_continued_with_what_is_missing_and_ends_the_same(finished, tmp
     untouched = (cut / "rl-seed0.pt").stat().st_mtime_ns
     assert run(cut) == 0
     assert (cut / "rl-seed0.pt").stat().st_mtime_ns == untouched
+    (cut / "metrics.csv").unlink()
+    assert run(cut) == 0  # nothing is missing but this file
     assert rows_without_seconds(cut / "metrics.csv") == rows_without_seconds(finished / "metrics.csv")
 
 
@@ -118,7 +151,7 @@ def test_asking_trains_nothing(finished, capsys, tmp_path):
 
 def test_plot_draws_a_picture(finished, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run(tmp_path / "plot", "--arms", "rl", "--plot") == 0
+    assert run(tmp_path / "plot", "--arms", "rl", "--plot", "--sft-steps", "3") == 0
     assert (tmp_path / "plot" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -149,7 +182,7 @@ def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, messag
 
 
 def test_a_group_of_one_is_fine_without_a_baseline(tmp_path):
-    assert run(tmp_path / "reinforce", "--samples", "1", "--baseline", "none", "--arms", "rl") == 0
+    assert run(tmp_path / "reinforce", "--samples", "1", "--baseline", "none", "--arms", "rl", "--sft-steps", "3") == 0
 
 
 def test_results_are_never_overwritten(capsys, finished, tmp_path):
@@ -163,8 +196,9 @@ def test_results_are_never_overwritten(capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text('{"lr": 1}', encoding="utf-8")
-    assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
+    for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": ["rl"], "seed": "x"}}'):
+        (tmp_path / "odd" / "config.json").write_text(damaged, encoding="utf-8")
+        assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
@@ -174,11 +208,14 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
     """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
-    assert run(tmp_path / "broken", "--classifier-lr", "1e308") == 1
+    assert run(tmp_path / "broken", "--classifier-lr", "1e308", "--arms", "rl,cf-rl") == 1
     printed = capsys.readouterr()
     assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
     assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
     assert "No verdict without all of" in printed.out
+    flags = ["--classifier-lr", "1e308", "--arms", "cf-rl", "--eval-every", "1"]
+    assert run(tmp_path / "at-evaluation", *flags) == 1
+    assert "cf-rl, seed 0, stopped at step 1: the policy's logits are not finite" in capsys.readouterr().err
 
 
 def test_the_verdict_says_what_the_numbers_say():
@@ -228,6 +265,21 @@ def test_the_quick_run_works_in_two_processes(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert "cf-rl" in done.stdout and "No verdict without all of" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(capsys, monkeypatch, tmp_path):
+    """Instead of waiting for it for ever."""
+    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(tmp_path / "dies")]
+    command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "dies" / "parts" / "rl-seed0.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a worker process died" in errors
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -76,7 +76,7 @@ def test_sampling_frequencies_match_the_policy():
 
 @given(seed=seeds)
 def test_forward_mode_derivatives_agree_with_finite_differences(seed):
-    """jvp of the logits along a random direction, against a central difference (step 1e-5: error near 1e-9)."""
+    """jvp of the logits along a random direction, against a central difference with step 1e-5."""
     model = tiny_gpt(seed)
     tokens = tokens_like(model, 2, 5, seed)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -89,7 +89,42 @@ def test_forward_mode_derivatives_agree_with_finite_differences(seed):
     step = 1e-5
     ahead, behind = ({n: p + s * direction[n] for n, p in parameters.items()} for s in (step, -step))
     difference = (logits(ahead) - logits(behind)) / (2 * step)
-    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-6)
+    # A LayerNorm of small variance is sharply curved, which costs the difference digits.
+    torch.testing.assert_close(tangent, difference, rtol=1e-4, atol=1e-4 * tangent.abs().max().item())
+
+
+@given(seed=seeds, n_layer=st.integers(1, 3), n_head=st.sampled_from([1, 2, 4]))
+def test_the_forward_pass_is_gpt_2_s(seed, n_layer, n_head):
+    """Written out once more for one row, head by head and position by position, from the definition of GPT-2."""
+    model = tiny_gpt(seed, n_layer=n_layer, n_head=n_head)
+    w = dict(model.named_parameters())
+    row = tokens_like(model, 1, 6, seed)[0]
+    d = model.config.n_embd // n_head
+
+    def norm(x, name):
+        variance = ((x - x.mean()) ** 2).mean()
+        return (x - x.mean()) / (variance + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    def gelu(x):
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    xs = [w["body.token_embedding.weight"][t] + w["body.position_embedding.weight"][i] for i, t in enumerate(row)]
+    for block in (f"body.blocks.{i}" for i in range(n_layer)):
+        qkv = [linear(norm(x, f"{block}.attention_norm"), f"{block}.attention.qkv").chunk(3) for x in xs]
+        for t in range(len(xs)):
+            heads = []
+            for h in (slice(d * i, d * i + d) for i in range(n_head)):
+                scores = torch.stack([qkv[t][0][h] @ qkv[s][1][h] / d**0.5 for s in range(t + 1)])
+                heads.append(sum(p * qkv[s][2][h] for s, p in enumerate(scores.softmax(dim=0))))
+            xs[t] = xs[t] + linear(torch.cat(heads), f"{block}.attention.proj")
+        for t, x in enumerate(xs):
+            hidden = gelu(linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.0"))
+            xs[t] = x + linear(hidden, f"{block}.mlp.2")
+    logits = torch.stack([w["classifier.weight"] @ norm(x, "body.norm") for x in xs])
+    torch.testing.assert_close(model(row[None])[0], logits, rtol=0, atol=1e4 * ROUNDING)
 
 
 def test_classifier_and_body_split_the_parameters():
@@ -128,6 +163,10 @@ def test_tokens_beyond_block_or_vocabulary_are_refused():
         sequence_logp(model, torch.tensor([[0, 5]]))
     with pytest.raises(ValueError, match="token -1 is outside the vocabulary of 5"):
         sample(model, torch.tensor([[-1]]), 1, 0)
+    with pytest.raises(ValueError, match="end token 5 is outside the vocabulary of 5"):
+        sample(model, torch.tensor([[0]]), 1, 5)
+    with pytest.raises(ValueError, match="prompt_tokens must be .*not 0"):
+        sample(model, torch.zeros(1, 0, dtype=torch.long), 1, 0)
     with pytest.raises(ValueError, match=r"tokens must be \(B, T\) int64, not \(2,\) torch.int64"):
         sequence_logp(model, torch.tensor([0, 1]))
 

@@ -147,8 +147,9 @@ def test_a_token_that_the_whole_group_shares_gets_no_gradient_under_one_token_co
     (gradient,) = torch.autograd.grad(policy_gradient_loss(logp, advantages, mask), logp)
     assert abs(gradient[:, 0].sum().item()) < ROUNDING
     per_sequence = (advantages / torch.tensor(lengths)).sum()
-    balanced = abs(3 / lengths[0] - sum(1 / n for n in lengths[1:])) < ROUNDING
-    assert balanced or per_sequence.abs() > 1e-3
+    weights = (mask / mask.sum(dim=1, keepdim=True))[:, 0]  # of each row's first token under 1/|o_i|
+    assert abs((advantages * weights).sum() - per_sequence) < ROUNDING
+    assert (abs(per_sequence) < ROUNDING) == (abs(3 / lengths[0] - sum(1 / n for n in lengths[1:])) < ROUNDING)
 
 
 # ---------------------------------------------------------------------------------------------------- masks and batches
@@ -278,13 +279,17 @@ def test_sampling_below_temperature_1_alone_lowers_the_expected_entropy(seed, ta
 
 def test_shapes_that_disagree_and_empty_masks_are_refused():
     logp, advantages, mask = torch.zeros(2, 3), torch.ones(2), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"mask \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"mask \(2, 2\) torch.bool does not fit"):
         policy_gradient_loss(logp, advantages, mask[:, :2])
-    with pytest.raises(ValueError, match=r"advantages \(3,\)"):
+    with pytest.raises(ValueError, match=r"'advantages': \(3,\)"):
         policy_gradient_loss(logp, torch.ones(3), mask)
     with pytest.raises(ValueError, match="mask selects no token"):
         policy_gradient_loss(logp, advantages, ~mask)
     features, logits, actions = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"mask \(3,\) torch.bool"):  # would broadcast
+        policy_gradient_loss(torch.zeros(3), torch.ones(3), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="torch.int64"):
+        policy_gradient_loss(logp, advantages, mask.long())
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         classifier_gradient(features, logits, actions[:, :2], advantages, mask)
     with pytest.raises(ValueError, match="mask selects no token"):

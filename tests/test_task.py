@@ -121,14 +121,35 @@ def test_held_out_pairs_are_a_tenth_and_never_training_pairs_in_either_order(dig
         assert 0.08 < len(held_out) / 100**digits < 0.12
 
 
+def test_the_held_out_pairs_are_the_same_in_every_precision():
+    """These tests run in float64, training in float32: a policy must not be judged on pairs it was trained on."""
+    torch.set_default_dtype(torch.float32)
+    try:
+        assert torch.equal(Addition(2).heldout_pairs, TASKS[2].heldout_pairs)
+    finally:
+        torch.set_default_dtype(torch.float64)
+
+
+def test_held_out_pairs_come_in_no_order():
+    """The first of them are what evaluations use: their operands range as widely as all of them."""
+    first = TASKS[2].heldout_pairs[:64].double()
+    assert (first.mean(dim=0) - 49.5).abs().max() < 5 * 28.9 / 8  # five standard errors of a mean of 64
+
+
 def test_bad_arguments_are_refused_by_value():
     task = TASKS[2]
     for digits in (0, 4, -1, "2"):
         with pytest.raises(ValueError, match=f"digits must be .*{digits}"):
             Addition(digits)
-    with pytest.raises(ValueError, match="operand 100 does not have 1 to 2 digits"):
+    with pytest.raises(ValueError, match="operand 100 is not a whole number of 1 to 2 digits"):
         task.prompt(100, 1)
     with pytest.raises(ValueError, match="operand -1"):
         task.demonstration(3, -1, "D")
+    with pytest.raises(ValueError, match="operand '47' is not"):
+        task.prompt("47", 1)
+    with pytest.raises(ValueError, match="noise must lie between 0 and 1, not 2"):
+        task.demonstration(1, 2, "S", noise=2)
+    with pytest.raises(ValueError, match="token 1.0 stands for no character"):
+        task.decode([1.0])
     with pytest.raises(ValueError, match="pattern 'X' is not one of DSG"):
         task.demonstration(1, 2, "X")

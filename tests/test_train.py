@@ -14,6 +14,8 @@ from minicfrl import (
     Addition,
     RLConfig,
     SFTConfig,
+    _demonstrations,
+    entropy,
     group_advantages,
     policy_gradient_loss,
     rollout,
@@ -82,12 +84,14 @@ def test_rollout_refuses_bad_counts():
 # --------------------------------------------------------------------------------------------------------------- stages
 
 
-@given(seed=seeds, k=st.integers(1, 3))
+@given(seed=seeds, k=st.integers(1, 4))
 def test_stage_1_moves_the_classifier_and_not_one_bit_of_the_body(seed, k):
     """(E4) is the only gradient that stage 1 forms, and its optimiser knows no other parameter."""
     model = policy(seed)
     before = weights(model)
-    records = list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, classifier_steps=3), generator(seed)))
+    records = list(
+        train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, steps=k, classifier_steps=k), generator(seed))
+    )
     learnt = any(record["flat"] < 1 for record in records)
     assert moved(before, model) == ({"classifier.weight"} if learnt else set())
 
@@ -173,20 +177,22 @@ def test_an_update_follows_the_gradient_of_the_whole_batch(seed):
     assert record["reward"] == pytest.approx(batch.rewards.mean().item())
     assert record["flat"] == pytest.approx((advantages == 0).double().mean().item())
     assert record["tokens"] == batch.mask.sum()
+    assert record["entropy"] == pytest.approx(entropy(batch.state_logits).mean().item())
 
 
-def test_the_kl_penalty_keeps_the_policy_nearer_to_its_start():
-    """Exact KL of the first token to the start after 30 updates, with and without the penalty."""
-    kls = []
-    for kl in (0.0, 1.0):
+@pytest.mark.parametrize("classifier_steps", [0, 30])
+def test_the_kl_penalty_acts_in_both_stages(classifier_steps):
+    """The exact KL of the first token to the start after 30 updates, all of one stage, with and without it."""
+    kls = {}
+    for kl in (0.0, 3.0):
+        config = dataclasses.replace(FAST, steps=30, classifier_steps=classifier_steps, kl=kl, classifier_lr=1e-2)
         model = policy(3)
         start = copy.deepcopy(model)
-        list(train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, steps=30, kl=kl), generator(0)))
-        prompt = torch.tensor([[0]])
+        list(train_rl(model, TinyTask(REWARDS), config, generator(0)))
         with torch.no_grad():
-            logp, reference = (m(prompt)[0, -1].log_softmax(dim=-1) for m in (model, start))
-        kls.append((logp.exp() * (logp - reference)).sum().item())
-    assert 0 < kls[1] < 0.5 * kls[0]
+            logp, reference = (m(torch.tensor([[0]]))[0, -1].log_softmax(dim=-1) for m in (model, start))
+        kls[kl] = (logp.exp() * (logp - reference)).sum().item()
+    assert 0 < kls[3.0] < 0.5 * kls[0.0]
 
 
 @pytest.mark.parametrize("freeze_body", [True, False])
@@ -209,6 +215,31 @@ def test_the_kl_penalty_alone_moves_nothing_at_the_start(seed):
     before = weights(model)
     list(train_rl(model, TinyTask(), dataclasses.replace(FAST, steps=1, kl=1.0), generator(seed)))
     assert not moved(before, model)
+
+
+def test_demonstrations_follow_the_mixture_and_the_noise_and_credit_responses_alone():
+    """2,000 rows: each share within five standard errors (0.055); the mask is the response with its end token."""
+    task, config = Addition(2), SFTConfig(rows=2000, mixture=(0.5, 0.3, 0.2), noise=1.0)
+    tokens, mask = _demonstrations(task, config, generator(0))
+    texts = []
+    for row, marks in zip(tokens, mask, strict=True):
+        prompt, response = row[:6].tolist(), row[marks].tolist()
+        assert marks.nonzero()[0] == 6 and response[-1] == task.end_token
+        texts.append(task.decode(response[:-1]))
+        assert texts[-1][0] != "S" or task.verify(task.decode(prompt), texts[-1]) == 0.0  # noise 1: always wrong
+    for pattern, share in zip(task.patterns, config.mixture, strict=True):
+        assert abs(sum(text[0] == pattern for text in texts) / 2000 - share) < 0.055
+
+
+def test_the_learning_rate_of_fine_tuning_warms_up_and_falls_to_zero():
+    """Adam's first step moves a weight by the learning rate: 1/20 of it at the first update; hardly any at the last."""
+    task, moves = Addition(1), []
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    before = model.classifier.weight.detach().clone()
+    for _ in supervised_finetune(model, task, SFTConfig(steps=100, rows=8, lr=1e-2), generator(0)):
+        moves.append((model.classifier.weight - before).abs().max().item())
+        before = model.classifier.weight.detach().clone()
+    assert moves[0] == pytest.approx(1e-2 / 20, rel=1e-3) and moves[-1] < 0.1 * max(moves)
 
 
 def test_rl_raises_the_reward_and_supervision_lowers_the_loss():
@@ -284,6 +315,7 @@ def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
         (dict(steps=0), "steps must be a whole number of at least 1, not 0"),
         (dict(prompts=1.5), "prompts must be a whole number of at least 1, not 1.5"),
         (dict(classifier_steps=4), "classifier_steps=4 is not between 0 and steps=3"),
+        (dict(classifier_steps=1.5), "classifier_steps=1.5 is not between 0 and steps=3"),
         (dict(classifier_steps=-1), "classifier_steps=-1 is not between 0 and steps=3"),
         (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
         (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
@@ -295,6 +327,8 @@ def test_an_unusable_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(FAST, **changes)
     assert dataclasses.replace(FAST, samples=1, baseline="none").samples == 1
+    with pytest.raises(ValueError, match=r"mixture=\(1.0, 1.0\) does not give one share for each of DSG"):
+        SFTConfig(mixture=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"mixture=\(0.5, 0.5, -1.0\) is out of range"):
         SFTConfig(mixture=(0.5, 0.5, -1.0))
 

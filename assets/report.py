@@ -69,7 +69,7 @@ def sections(config, summary):
     count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "train_toy.py")}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arms)
     return {
-        "size": f"It is {sum(count.values())} lines of code in three files, docstrings, comments and blank lines aside.",
+        "size": f"It is {sum(count.values())} lines of code in three files, comments, docstrings and blanks aside.",
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
         "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),
         "spread": textwrap.fill(

@@ -284,16 +284,16 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
 def test_ctrl_c_keeps_the_rows_written_so_far(tmp_path):
     out = tmp_path / "long"
     command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
-    command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
+    command += ["--rl-steps", "100000", "--arms", "rl"]  # one worker is at work, one idle
     process = subprocess.Popen(
         command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     started = time.monotonic()
-    while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
+    while not (out / "parts" / "rl-seed0.csv").exists():
         assert process.poll() is None and time.monotonic() - started < 60
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
     rows = rows_without_seconds(out / "metrics.csv")
-    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_G"] for row in rows)
+    assert {row["arm"] for row in rows} == {"sft", "rl"} and all(row["success_G"] for row in rows)

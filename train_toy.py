@@ -21,7 +21,7 @@ import tempfile
 import textwrap
 import time
 import zlib
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -155,11 +155,15 @@ def merge_rows(out):
         write_text(out / "metrics.csv", headers[0] + "\n" + "".join(rows for _, _, rows in parts))
 
 
+def recorded_config(record):
+    return Config(**{**record["config"], "arms": tuple(record["config"]["arms"])})  # json knows lists only
+
+
 def read_config(out):
     """The record in DIR/config.json. ValueError if that is something else."""
     try:
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        return record, Config(**{**record["config"], "arms": tuple(record["config"]["arms"])})
+        return record, recorded_config(record)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
 
@@ -214,7 +218,7 @@ def job_runner(workers):
 
         def run_jobs(jobs):
             futures = [pool.submit(train, *job) for job in jobs]
-            while wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
+            while wait(futures, timeout=0.2).not_done:
                 pass  # in short waits: on Windows a Ctrl-C gets in only between two
             return [complaint for future in futures if (complaint := future.result())]
 

@@ -96,7 +96,7 @@ def rewrite(readme, texts):
 
 def load_results():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return train_toy.Config(**{**results["config"], "arms": tuple(results["config"]["arms"])}), results["summary"]
+    return train_toy.recorded_config(results), results["summary"]
 
 
 def main():

@@ -24,6 +24,15 @@ def tiny_gpt(seed, vocab_size=5, block_size=6, n_layer=2, n_head=2, n_embd=8):
     return model
 
 
+def states(model, rows, length, seed):
+    """Random tokens (rows, length), and a mask of about half their positions, at least one, several in a row."""
+    draw = generator(seed)
+    tokens = torch.randint(model.config.vocab_size, (rows, length), generator=draw)
+    mask = torch.rand(rows, length, generator=draw) < 0.5
+    mask[-1, -1] = True
+    return tokens, mask
+
+
 def gradients(model, scalar):
     """One vector: d scalar / d all parameters, zeros where it does not depend on one."""
     parameters = list(model.parameters())

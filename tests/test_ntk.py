@@ -1,0 +1,325 @@
+"""The kernel is exact: checked against one autograd.grad per logit, which shares no code with ntk.py."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import generator, seeds, states, tiny_gpt
+from torch import nn
+
+from minicfrl import token_logp
+from model import GPT, GPTConfig
+from ntk import empirical_ntk, gradient_by_definition, logit_change
+
+EXACT = 1e-12  # relative to the largest entry: sums of some hundred products in float64
+
+shapes = st.fixed_dictionaries(
+    {
+        "vocab_size": st.sampled_from([2, 5, 8, 12]),  # fewer than the features, as many, more; 2 repeats tokens
+        "n_embd": st.sampled_from([4, 8, 16]),
+        "n_head": st.sampled_from([1, 2]),
+        "n_layer": st.integers(1, 3),
+    }
+)
+
+
+def gradients_of_logits(model, tokens, mask, parameters):
+    """(N, V, P): one autograd.grad for every logit of every state, a parameter after the other."""
+    logits = model(tokens)[mask]  # (N, V)
+    rows = [torch.autograd.grad(logit, parameters, retain_graph=True) for logit in logits.flatten()]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).view(*logits.shape, -1)
+
+
+def oracle(model, tokens, mask, tokens2=None, mask2=None, parameters=None):
+    """(N, V, M, V): the inner products of those gradients, in the body's parameters unless others are given."""
+    parameters = list(model.body.parameters() if parameters is None else parameters)
+    J = gradients_of_logits(model, tokens, mask, parameters)
+    J2 = J if tokens2 is None else gradients_of_logits(model, tokens2, mask2, parameters)
+    return torch.einsum("nvp,mwp->nvmw", J, J2)
+
+
+def assert_equal(actual, expected, tolerance=EXACT):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+# ------------------------------------------------------------------------------------------------------------ exactness
+
+
+@given(seed=seeds, shape=shapes, rows=st.integers(1, 3), length=st.integers(1, 6))
+def test_the_kernel_holds_the_inner_products_of_all_logits_gradients(seed, shape, rows, length):
+    """K = R + G: W and the body share no parameter, so their parts of each inner product add up."""
+    model = tiny_gpt(seed, block_size=6, **shape)
+    tokens, mask = states(model, rows, length, seed)
+    kernel = empirical_ntk(model, tokens, mask)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask))
+    features = model.features(tokens)[mask].detach()
+    assert_equal(kernel.representation, features @ features.T)
+    assert_equal(kernel.full(), oracle(model, tokens, mask, parameters=model.parameters()))
+
+
+@given(seed=seeds, shape=shapes, length=st.integers(1, 6), block=st.integers(1, 4))
+def test_the_kernel_between_two_sets_of_states_is_exact(seed, shape, length, block):
+    """Different rows, lengths and numbers of states on the two sides, whatever the block."""
+    model = tiny_gpt(seed, block_size=6, **shape)
+    left, right = states(model, 2, 6, seed), states(model, 3, length, seed + 1)
+    kernel = empirical_ntk(model, *left, *right, block=block)
+    assert_equal(kernel.gradient, oracle(model, *left, *right))
+    assert_equal(kernel.full(), oracle(model, *left, *right, parameters=model.parameters()))
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 100])
+def test_blocks_bound_the_memory_and_change_nothing(block):
+    model = tiny_gpt(0)
+    tokens, mask = states(model, 4, 6, 0)
+    assert_equal(empirical_ntk(model, tokens, mask, block=block).gradient, oracle(model, tokens, mask))
+
+
+@pytest.mark.parametrize("vocab_size, n_embd", [(3, 4), (3, 64)])
+def test_many_states_at_long_and_at_short_contexts_are_exact(vocab_size, n_embd):
+    """More states than one tile at each position. Gradients are written out at d = 4, contracted at d = 64."""
+    model = tiny_gpt(0, vocab_size, block_size=12, n_layer=1, n_embd=n_embd)
+    tokens = torch.randint(vocab_size, (20, 12), generator=generator(0))
+    mask = torch.zeros(20, 12, dtype=torch.bool)
+    mask[:, [4, 11]] = True
+    assert_equal(empirical_ntk(model, tokens, mask).gradient, oracle(model, tokens, mask))
+
+
+@pytest.mark.parametrize("vocab_size", [17, 80])
+def test_float32_is_exact_to_1e_5(vocab_size):
+    """The default model's sizes in the precision of training, against the oracle of the same weights in float64."""
+    model = GPT(GPTConfig(vocab_size, 8), generator(0))
+    tokens, mask = states(model, 1, 4, 0)
+    single = empirical_ntk(copy.deepcopy(model).float(), tokens, mask)
+    assert single.gradient.dtype == single.full().dtype == torch.float32
+    assert_equal(single.gradient.double(), oracle(model, tokens, mask), 1e-5)
+
+
+@given(seed=seeds, shape=shapes)
+def test_the_fast_way_is_the_definition(seed, shape):
+    model = tiny_gpt(seed, **shape)
+    left, right = states(model, 2, 4, seed), states(model, 1, 6, seed + 1)
+    assert_equal(empirical_ntk(model, *left, *right).gradient, gradient_by_definition(model, *left, *right))
+
+
+# ------------------------------------------------------------------------------------------------------------ structure
+
+
+@given(seed=seeds, shape=shapes)
+def test_the_kernel_is_symmetric_and_positive_semidefinite(seed, shape):
+    """It is J J^T, the kernel of a state with itself too: g^T G(x, x) g >= 0, so no A > 0 lowers its own token."""
+    model = tiny_gpt(seed, **shape)
+    kernel = empirical_ntk(model, *states(model, 2, 5, seed))
+    for part in (kernel.gradient, kernel.full()):
+        assert_equal(part, part.permute(2, 3, 0, 1))
+        matrix = part.reshape(part.size(0) * part.size(1), -1)
+        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+        assert eigenvalues[0] > -1e-9 * eigenvalues[-1]
+
+
+@given(seed=seeds, scale=st.floats(0.1, 10), shape=shapes)
+def test_scaling_the_classifier_scales_the_gradient_component_quadratically_and_the_other_not_at_all(
+    seed, scale, shape
+):
+    """G = W M W^T with M from the body alone; R has no W in it."""
+    model = tiny_gpt(seed, **shape)
+    tokens, mask = states(model, 2, 4, seed)
+    before = empirical_ntk(model, tokens, mask)
+    with torch.no_grad():
+        model.classifier.weight *= scale
+    after = empirical_ntk(model, tokens, mask)
+    assert_equal(after.gradient, scale**2 * before.gradient)
+    assert torch.equal(after.representation, before.representation)
+
+
+@given(seed=seeds)
+def test_adding_one_vector_to_every_row_of_the_classifier_changes_neither_policy_nor_what_the_body_learns(seed):
+    """W + 1 v^T adds the same number to all logits of a state, and 1^T (e_y - pi) = 0 hides it from backpropagation."""
+    model = tiny_gpt(seed)
+    tokens, mask = states(model, 2, 4, seed)
+
+    def policy_and_gradient():
+        logits = model(tokens)[mask]
+        loss = token_logp(logits, logits.argmin(dim=1)).sum()
+        return logits.softmax(dim=1), *torch.autograd.grad(loss, list(model.body.parameters()))
+
+    before = policy_and_gradient()
+    with torch.no_grad():
+        model.classifier.weight += torch.randn(model.config.n_embd, generator=generator(seed))
+    for old, new in zip(before, policy_and_gradient(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds)
+def test_tokens_after_the_state_do_not_matter(seed):
+    """Padding, for one: a state is a prefix."""
+    model = tiny_gpt(seed)
+    tokens, mask = states(model, 2, 6, seed)
+    mask[:, 4:] = False
+    mask[0, 0] = True
+    padded = tokens.clone()
+    padded[:, 4:] = 0
+    assert torch.equal(empirical_ntk(model, tokens, mask).gradient, empirical_ntk(model, padded, mask).gradient)
+
+
+def test_the_model_is_left_as_it_was_and_frozen_parameters_count():
+    """Weights, gradients, flags, hooks and mode; also under no_grad, where a training loop might ask."""
+    model = tiny_gpt(0)
+    tokens, mask = states(model, 2, 4, 0)
+    expected = oracle(model, tokens, mask)
+    model.body.requires_grad_(False)
+    model.eval()
+    model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        kernel = empirical_ntk(model, tokens, mask)
+        logit_change(model, tokens, mask, {})
+    assert_equal(kernel.gradient, expected)
+    assert not any(p.requires_grad for p in model.body.parameters()) and not model.training
+    for (name, p), (_, old) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(p, old) and (p.grad is None) == (name != "classifier.weight")
+    assert torch.equal(model.classifier.weight.grad, before.classifier.weight.grad)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not kernel.gradient.requires_grad and not kernel.representation.requires_grad
+
+
+# -------------------------------------------------------------------------------------------------- what is unsupported
+
+
+class Scale(nn.Module):
+    """A layer that ntk.py does not know."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((d,), 1.5))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+class Twice(nn.Module):
+    """A linear layer that is used twice."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.linear = nn.Linear(d, d)
+
+    def forward(self, x):
+        return self.linear(self.linear(x))
+
+
+class Doubled(nn.Linear):
+    """A linear layer by name, but not by what it does."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def with_an_unknown_layer(model):
+    model.body.blocks[0].mlp[1] = Scale(32)
+    return "body.blocks.0.mlp.1.gain"
+
+
+def with_a_layer_called_twice(model):
+    model.body.blocks[0].mlp = Twice(8)
+    return "body.blocks.0.mlp.linear.weight"
+
+
+def with_a_shared_weight(model):
+    model.body.blocks[1].attention.proj.weight = model.body.blocks[0].attention.proj.weight
+    return "body.blocks.0.attention.proj.weight"
+
+
+def with_a_subclass(model):
+    model.body.blocks[0].attention.proj = Doubled(8, 8)
+    return "body.blocks.0.attention.proj.weight"
+
+
+def with_a_norm_without_bias(model):
+    model.body.norm = nn.LayerNorm(8, bias=False)
+    return "body.norm.weight"
+
+
+def with_another_body(model):
+    model.body = type("OtherBody", (type(model.body),), {})(model.config)
+    return "body"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_an_unknown_layer,
+        with_a_layer_called_twice,
+        with_a_shared_weight,
+        with_a_subclass,
+        with_a_norm_without_bias,
+        with_another_body,
+    ],
+)
+def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warning(change):
+    torch.manual_seed(0)  # new layers draw from the global generator
+    model = tiny_gpt(0)
+    name = change(model)
+    tokens, mask = states(model, 2, 4, 0)
+    with pytest.warns(UserWarning, match=f"^{name} is no Linear, LayerNorm or embedding used once"):
+        kernel = empirical_ntk(model, tokens, mask)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask))
+
+
+def tied(model):
+    model.classifier.weight = model.body.token_embedding.weight
+
+
+def biased(model):
+    model.classifier = nn.Linear(8, 5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (tied, "the classifier is tied to body.token_embedding.weight"),
+        (biased, "the classifier has a bias"),
+    ],
+)
+def test_a_classifier_that_is_tied_or_biased_is_refused(change, message):
+    """With either, R + G is not the kernel: a tied W is part of the body too, a bias adds 1 to <phi, phi'>."""
+    model = tiny_gpt(0)
+    change(model)
+    for call in (empirical_ntk, lambda *arguments: logit_change(*arguments, {})):
+        with pytest.raises(ValueError, match=message):
+            call(model, *states(model, 2, 4, 0))
+
+
+TOKENS, MASK = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "tokens, mask, message",
+    [
+        (TOKENS, ~MASK, "mask selects no state"),
+        (TOKENS, MASK[:, :3], r"mask \(2, 3\) torch.bool does not fit tokens \(2, 4\)"),
+        (TOKENS, MASK.long(), "mask .* torch.int64 does not fit"),
+        (TOKENS + 5, MASK, "token 5 is outside the vocabulary of 5"),
+        (TOKENS - 1, MASK, "token -1 is outside the vocabulary of 5"),
+        (TOKENS[0], MASK[0], r"tokens must be \(B, T\) int64, not \(4,\)"),
+        (TOKENS.repeat(1, 2), MASK.repeat(1, 2), "8 tokens are more than block_size=6"),
+    ],
+)
+def test_bad_states_are_refused_in_one_sentence(tokens, mask, message):
+    model = tiny_gpt(0)
+    for call in (
+        lambda: empirical_ntk(model, tokens, mask),
+        lambda: empirical_ntk(model, TOKENS, MASK, tokens, mask),
+        lambda: logit_change(model, tokens, mask, {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_half_a_second_set_and_a_bad_block_are_refused():
+    for arguments, message in (((TOKENS, None), "go together"), ((None, MASK), "go together")):
+        with pytest.raises(ValueError, match=message):
+            empirical_ntk(tiny_gpt(0), TOKENS, MASK, *arguments)
+    with pytest.raises(ValueError, match="block must be a whole number of at least 1, not 0"):
+        empirical_ntk(tiny_gpt(0), TOKENS, MASK, block=0)

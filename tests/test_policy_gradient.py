@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ROUNDING, every_response, generator, gradients, seeds, tiny_gpt
+from tiny import ROUNDING, every_response, generator, gradients, random_batch, seeds, tiny_gpt
 
 from minicfrl import (
     centred_log_ratio,
@@ -19,18 +19,6 @@ from minicfrl import (
 )
 
 EXACT = 1e-10  # sums over some hundred outcomes in float64
-
-
-def random_batch(seed, rows=4, prompt=2, length=4, model=None):
-    """A policy, and rows of tokens with response masks of different lengths and random advantages."""
-    model = model or tiny_gpt(seed)
-    draw = generator(seed)
-    T = prompt + length
-    tokens = torch.randint(model.config.vocab_size, (rows, T), generator=draw)
-    lengths = torch.randint(1, length + 1, (rows, 1), generator=draw)
-    position = torch.arange(T)
-    mask = (position >= prompt) & (position < prompt + lengths)
-    return model, tokens, mask, torch.randn(rows, generator=draw)
 
 
 # ------------------------------------------------------------------------------------------- the enumeration oracle

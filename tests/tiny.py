@@ -33,6 +33,18 @@ def states(model, rows, length, seed):
     return tokens, mask
 
 
+def random_batch(seed, rows=4, prompt=2, length=4, model=None):
+    """A policy, and rows of tokens with response masks of different lengths and random advantages."""
+    model = model or tiny_gpt(seed)
+    draw = generator(seed)
+    T = prompt + length
+    tokens = torch.randint(model.config.vocab_size, (rows, T), generator=draw)
+    lengths = torch.randint(1, length + 1, (rows, 1), generator=draw)
+    position = torch.arange(T)
+    mask = (position >= prompt) & (position < prompt + lengths)
+    return model, tokens, mask, torch.randn(rows, generator=draw)
+
+
 def gradients(model, scalar):
     """One vector: d scalar / d all parameters, zeros where it does not depend on one."""
     parameters = list(model.parameters())

@@ -22,7 +22,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import GPT, check_counts, check_tokens, sample
+from model import GPT, check_counts, check_tokens, confidence, entropy, sample
 
 # ---------------------------------------------------------------------------------------------------------------- task
 
@@ -454,16 +454,6 @@ def _rl_update(model, task, config, optimizer, classifier_only, reference, gener
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Exact entropy of softmax(logits), in nats: (..., V) -> (...)."""
-    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Top-1 probability: (..., V) -> (...)."""
-    return logits.softmax(dim=-1).amax(dim=-1)
-
-
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate, from n samples of which `correct` are right, of the chance that k samples hold a right one.
 
@@ -476,18 +466,18 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """States whose logits and features are followed through training: responses of one fixed policy, the start."""
+    """States that are followed through training: those of responses of one fixed policy, the start."""
 
     tokens: Tensor  # (B, T)
     state_mask: Tensor  # (B, T) bool, N states
-    features: Tensor  # (N, d), of the policy that wrote them
+    start: GPT  # a copy of the policy that wrote them
 
 
 @torch.no_grad()
 def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
     """The states of one sampled response to each operand pair of `pairs` (B, 2)."""
     batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], 1, generator)
-    return Probe(batch.tokens, batch.state_mask, model.features(batch.tokens)[batch.state_mask])
+    return Probe(batch.tokens, batch.state_mask, copy.deepcopy(model))
 
 
 @torch.no_grad()
@@ -504,7 +494,7 @@ def evaluate(
     correct = batch.rewards.sum(dim=1).int().tolist()
     answers = [task.answer(response) for response in batch.responses]
     first = batch.logits[::samples, len(prompts[0]) - 1].softmax(dim=-1).mean(dim=0)  # (V,): chooses the pattern
-    features = model.features(probe.tokens)[probe.state_mask]  # (N, d)
+    start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
     row = {
         "accuracy": batch.rewards.mean().item(),
@@ -516,7 +506,7 @@ def evaluate(
         "probe_entropy": entropy(probe_logits).mean().item(),
         "probe_confidence": confidence(probe_logits).mean().item(),
         "classifier_norm": model.classifier.weight.norm().item(),
-        "feature_change": ((features - probe.features).norm(dim=1) / probe.features.norm(dim=1)).mean().item(),
+        "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
     }
     for pattern in task.patterns:
         row[f"share_{pattern}"] = first[task.encode(pattern)[0]].item()

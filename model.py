@@ -128,6 +128,16 @@ class GPT(nn.Module):
         return self.classifier(self.features(tokens))  # (E1)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Exact entropy of softmax(logits), in nats: (..., V) -> (...)."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Top-1 probability: (..., V) -> (...)."""
+    return logits.softmax(dim=-1).amax(dim=-1)
+
+
 def check_tokens(model: GPT, tokens: Tensor):
     """Raise ValueError unless `tokens` is a (B, T) batch of whole numbers inside the model's vocabulary."""
     if tokens.ndim != 2 or tokens.dtype != torch.long:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp
 
-from model import GPT, Body, check_counts, check_tokens
+from model import GPT, Body, check_counts, check_tokens, confidence, entropy
 
 
 @dataclass(frozen=True)
@@ -305,3 +305,23 @@ def confidence_change(logits: Tensor, dlogits: Tensor) -> Tensor:
     pi = logits.softmax(dim=1)  # (N, V)
     top, m = pi.max(dim=1)  # (N,)
     return top * (dlogits[torch.arange(len(m)), m] - (pi * dlogits).sum(dim=1))  # (E9)
+
+
+@torch.no_grad()
+def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[str, float]:
+    """One update, from policy `before` to policy `after`, seen from the states that `mask` selects of `tokens` (B, T).
+
+    For entropy (nats) and confidence (top-1 probability), as means over the states: NAME_change, as measured; NAME_by_W
+    and NAME_by_body, what the representation and the gradient component predict to first order (E8, E9); NAME_residual,
+    the rest of the change, which is neither's alone. Whatever made the update: SGD, Adam, one stage or the other.
+    """
+    update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
+    parts = logit_change(before, tokens, mask, update)  # (N, V) twice
+    logits, logits_after = before(tokens)[mask], after(tokens)[mask]  # (N, V)
+    row = {}
+    for name, measure, predict in (("entropy", entropy, entropy_change), ("confidence", confidence, confidence_change)):
+        change = (measure(logits_after) - measure(logits)).mean().item()
+        by_W, by_body = (predict(logits, part).mean().item() for part in parts)
+        row |= {f"{name}_change": change, f"{name}_by_W": by_W, f"{name}_by_body": by_body}
+        row[f"{name}_residual"] = change - by_W - by_body
+    return row

@@ -7,6 +7,7 @@ whether the matched control was too. With --out DIR the configuration, metrics, 
 
 import argparse
 import contextlib
+import copy
 import csv
 import importlib.metadata
 import importlib.util
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicfrl import (
@@ -41,6 +43,7 @@ from minicfrl import (
     train_rl,
 )
 from model import GPT, GPTConfig, check_counts
+from ntk import empirical_ntk, microscope
 
 # An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's.
 ARMS = {
@@ -74,7 +77,7 @@ class Config:
     kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
     seed: int = option(0, "the first seed")
     seeds: int = option(1, "how many seeds, counted up from --seed")
-    arms: tuple[str, ...] = option(("rl", "cf-rl", "rl-classifier-lr"), f"arms, by commas, of {', '.join(ARMS)}")
+    arms: str = option("rl,cf-rl,rl-classifier-lr", f"arms, by commas, of {', '.join(ARMS)}")
     eval_every: int = option(4, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(64, f"held-out prompts of an evaluation, {SAMPLES} samples each")
     final_prompts: int = option(256, "held-out prompts of the first and of the last evaluation")
@@ -85,16 +88,25 @@ class Config:
         check_counts(**{name: getattr(self, name) for name in counts})
         if type(self.seed) is not int:
             raise ValueError(f"seed must be a whole number, not {self.seed!r}")
-        for arm in self.arms:
-            if arm not in ARMS or self.arms.count(arm) > 1:
+        for arm in self.arm_list:
+            if arm not in ARMS or self.arm_list.count(arm) > 1:
                 raise ValueError(
                     f"arm {arm!r} is " + ("there twice" if arm in ARMS else f"not one of {', '.join(ARMS)}")
                 )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
         Addition(self.digits)  # this checks its argument, and so does
-        for arm in self.arms:
+        for arm in self.arm_list:
             self.rl(arm)
+
+    @property
+    def arm_list(self):
+        return self.arms.split(",")
+
+    @property
+    def stage_ends(self):
+        """The updates after which a stage of CF-RL is over; 0 is the start."""
+        return 0, self.classifier_steps, self.rl_steps
 
     def rl(self, arm) -> RLConfig:
         """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
@@ -155,15 +167,11 @@ def merge_rows(out):
         write_text(out / "metrics.csv", headers[0] + "\n" + "".join(rows for _, _, rows in parts))
 
 
-def recorded_config(record):
-    return Config(**{**record["config"], "arms": tuple(record["config"]["arms"])})  # json knows lists only
-
-
 def read_config(out):
     """The record in DIR/config.json. ValueError if that is something else."""
     try:
         record = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        return record, recorded_config(record)
+        return record, Config(**record["config"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
 
@@ -252,25 +260,30 @@ def train_start(config, out, seed, bar):
     for record in supervised_finetune(model, task, SFTConfig(steps=config.sft_steps), generator(seed, "sft")):
         bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
         bar.update()
-    record = dict(step=0, stage=0, reward=math.nan, entropy=math.nan, flat=math.nan, gradient_norm=math.nan, tokens=0)
+    record = dict(step=0, stage=0, reward=math.nan, entropy=math.nan, flat=math.nan, gradient_norm=math.nan)
     seconds = {"train_seconds": time.perf_counter() - clock}
-    log_row(config, out, seed, "sft", record, task, model, start_probe(task, model, seed), seconds)
+    probe = start_probe(config, task, model, seed)
+    log_row(config, out, seed, "sft", {**record, **NOTHING_YET}, task, model, probe, seconds)
     return model
 
 
 def train_arm(config, out, seed, arm, bar):
     """Train one arm from the starting policy, on the stream of prompts that every arm of this seed sees."""
     task, model = load_policy(config, out, "sft", seed)
-    probe = start_probe(task, model, seed)
-    seconds, tokens, accuracy = {"train_seconds": 0.0}, 0, math.nan
+    probe, before = start_probe(config, task, model, seed), copy.deepcopy(model)
+    seconds, so_far, accuracy = {"train_seconds": 0.0}, NOTHING_YET, math.nan
     bar.reset(total=config.rl_steps)
     clock = time.perf_counter()
     for record in train_rl(model, task, config.rl(arm), generator(seed, "rl")):
         seconds["train_seconds"] += time.perf_counter() - clock
-        tokens += record["tokens"]
-        if record["step"] % config.eval_every == 0 or record["step"] == config.rl_steps:
-            with naming_the_step(record["step"]):
-                accuracy = log_row(config, out, seed, arm, {**record, "tokens": tokens}, task, model, probe, seconds)
+        step = record["step"]
+        seen = {"tokens": record["tokens"], **microscope(before, model, probe.tokens, probe.state_mask)}
+        so_far = {name: so_far[name] + seen[name] for name in so_far}
+        before.load_state_dict(model.state_dict())
+        if step % config.eval_every == 0 or step in config.stage_ends:
+            with naming_the_step(step):
+                row = {**record, **so_far}
+                accuracy = log_row(config, out, seed, arm, row, task, model, probe, seconds)
         live = {"reward": record["reward"], "entropy": record["entropy"], "acc": accuracy}
         bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in live.items()), refresh=False)
         bar.update()
@@ -285,19 +298,59 @@ def load_policy(config, out, arm, seed):
     return task, model
 
 
-def start_probe(task, model, seed):
-    return make_probe(model, task, task.heldout_pairs[:32], generator(seed, "probe"))
+def start_probe(config, task, model, seed):
+    return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], generator(seed, "probe"))
+
+
+# Columns that add up over the updates, as far as a run has got.
+NOTHING_YET = {"tokens": 0} | {
+    f"{measure}_{part}": 0.0
+    for measure in ("entropy", "confidence")
+    for part in ("change", "by_W", "by_body", "residual")
+}
 
 
 def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     """Evaluate, with the same random numbers each time: only the policy differs. Append a row; return the accuracy."""
-    clock = time.perf_counter()
-    prompts = config.final_prompts if record["step"] in (0, config.rl_steps) else config.eval_prompts
+    clock, step = time.perf_counter(), record["step"]
+    prompts = config.final_prompts if step in (0, config.rl_steps) else config.eval_prompts
     measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
+    kernel = kernel_row(model, probe) if step in config.stage_ends else dict.fromkeys(KERNEL, math.nan)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
     training = {"batch_entropy" if name == "entropy" else name: value for name, value in record.items()}
-    append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **seconds})
+    append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **kernel, **seconds})
     return measures["accuracy"]
+
+
+KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine")
+KERNEL += ("cosine_prompt", "positive_prompt", "centred_positive_prompt")
+KERNEL += ("cosine_continuation", "positive_continuation", "centred_positive_continuation")
+
+
+@torch.no_grad()
+def kernel_row(model, probe):
+    """The kernel (E7) on 32 states of the probe, what W has done to it since the start, and how alike features are."""
+    states = probe.state_mask.nonzero()
+    chosen = torch.zeros_like(probe.state_mask)
+    chosen[tuple(states[:: max(1, len(states) // 32)][:32].T)] = True
+    moved_W = copy.deepcopy(probe.start)
+    moved_W.classifier = model.classifier
+    old, by_W, now = (empirical_ntk(policy, probe.tokens, chosen) for policy in (probe.start, moved_W, model))
+    R = now.representation.norm() * math.sqrt(now.gradient.size(1))  # times the norm of I_V
+    row = [R, now.gradient.norm(), by_W.gradient.norm() / old.gradient.norm()]
+    row.append(F.cosine_similarity(by_W.gradient.flatten(), old.gradient.flatten(), dim=0))
+    first = probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)  # in each row the end of the prompt
+    for kind in (first, probe.state_mask & ~first):
+        features = model.features(probe.tokens)[kind]
+        raw, centred = cosines(features), cosines(features - features.mean(dim=0))
+        row += [raw.mean(), (raw > 0).float().mean(), (centred > 0).float().mean()]
+    return dict(zip(KERNEL, torch.stack(row).tolist(), strict=True))
+
+
+def cosines(features):
+    """Those of all pairs of different rows of (N, d)."""
+    unit = F.normalize(features, dim=1)
+    return (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -312,15 +365,22 @@ COLUMNS = (  # of the table: heading, measure, format
     ("updates", "updates_to_threshold", ".0f"),
     ("sec", "train_seconds", ".0f"),
 )
+MICROSCOPE = (  # the rise in confidence, and its shares
+    ("top-1 rises by", "confidence_change", ".3f"),
+    ("through W", "confidence_by_W", ".0%"),
+    ("through the body", "confidence_by_body", ".0%"),
+    ("neither alone", "confidence_residual", ".0%"),
+)
 
 
 def summarise(config, out):
     """{arm: {measure: [the last row's value, per seed], "curves": {measure: [[a value per row], per seed]}}}.
 
-    updates_to_threshold is null where the accuracy did not get there. What stopped early is left out of the rest.
+    "stages" is like "curves" for what is measured at the stages' ends only. updates_to_threshold is null where the
+    accuracy did not get there. What stopped early is left out of the rest.
     """
     summary = {}
-    for arm in ("sft", *config.arms):
+    for arm in ("sft", *config.arm_list):
         seeds = [seed for seed, _ in config.jobs(arm) if policy_file(out, arm, seed).exists()]
         runs = [
             [row for name in dict.fromkeys(("sft", arm)) for row in read_rows(rows_file(out, name, seed))]
@@ -331,9 +391,13 @@ def summarise(config, out):
             names = [name for name, value in runs[0][-1].items() if name != "arm" and not math.isnan(value)]
             summary[arm] = {name: [rows[-1][name] for rows in runs] for name in names}
             reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
-            summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
+            if arm != "sft":
+                summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
             names = ("step", "accuracy", "entropy", "confidence", "share_S")
             summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
+            names = ("step", "classifier_norm", *KERNEL)
+            ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
+            summary[arm]["stages"] = {name: [[row[name] for row in rows] for rows in ends] for name in names}
     return summary
 
 
@@ -341,20 +405,31 @@ def cell(arm, name, form):
     """The mean over seeds, with the standard deviation if there are several; in how many never, if in any."""
     if name == "shares":  # three means in one cell
         return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
-    values = arm[name]
+    values = arm.get(name)
+    if not values:
+        return ""
     if None in values:
         return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
     spread = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{spread}"
 
 
-def table(summary):
-    """The rows of the results table as lists of text, the heading first."""
-    rows = [["arm"] + [heading for heading, _, _ in COLUMNS]]
+def table(summary, columns=COLUMNS):
+    """The rows of a table of results as lists of text, the heading first."""
+    rows = [["arm"] + [heading for heading, _, _ in columns]]
     for name, arm in summary.items():
-        rows.append([name] + [cell(arm, *column[1:]) for column in COLUMNS])
-    rows[1][-2] = ""  # the starting policy has no time to the threshold
+        rows.append([name] + [cell(arm, *column[1:]) for column in columns])
     return rows
+
+
+def microscope_table(summary):
+    """Each arm's rise in confidence on the probe over all updates, and the share of it that each component explains."""
+    arms = {name: dict(arm) for name, arm in summary.items() if name != "sft"}
+    for arm in arms.values():
+        for _, part, _ in MICROSCOPE[1:]:
+            pairs = zip(arm[part], arm["confidence_change"], strict=True)
+            arm[part] = [value / total if total else math.nan for value, total in pairs]
+    return table(arms, MICROSCOPE)
 
 
 def sparkline(curves, top):
@@ -394,7 +469,7 @@ def verdict(config, summary):
 def show_answers(config, out, prompts):
     """Each policy's most likely response to each prompt with the verifier's verdict, and its score in 8 samples."""
     for prompt in prompts:
-        for arm in ("sft", *config.arms):
+        for arm in ("sft", *config.arm_list):
             if policy_file(out, arm, config.seed).exists():
                 task, model = load_policy(config, out, arm, config.seed)
                 greedy = rollout(model, task, [prompt], 1)
@@ -403,18 +478,23 @@ def show_answers(config, out, prompts):
                 print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {arm}")
 
 
-def print_report(config, out, summary):
-    rows = table(summary)
+def print_table(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
     for row in rows:
         print(" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+
+
+def print_report(config, out, summary):
+    print()
+    print_table(table(summary))
     print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft, the starting policy, to the end")
     top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
-    for arm in config.arms:
+    for arm in config.arm_list:
         if arm in summary:
             curves = summary[arm]["curves"]
             print(f"  {arm:17} {sparkline(curves['accuracy'], 1)}  {sparkline(curves['entropy'], top)}")
+    print("\nunder the microscope: top-1 probability on fixed states, each update split to first order")
+    print_table(microscope_table(summary))
     print("\nheld-out sums: the most likely response, judged by the verifier")
     task = Addition(config.digits)
     show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
@@ -437,11 +517,8 @@ def make_parser():
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kwargs)
 
     for f in fields(Config):
-        arms = f.name == "arms"
-        kind, shown = (
-            (lambda text: tuple(text.split(",")), ",".join(f.default)) if arms else (type(f.default), f.default)
-        )
-        add(f.name, f"{f.metadata['help']} (default {shown})", type=kind, default=f.default, metavar="X")
+        text = f"{f.metadata['help']} (default {f.default})"
+        add(f.name, text, type=type(f.default), default=f.default, metavar="X")
     workers = min(2, os.cpu_count() or 1)
     add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
     quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
@@ -493,10 +570,10 @@ def run(config, out, workers):
                 complaints = run_jobs(missing("sft"))
                 print(f"  {time.perf_counter() - clock:.0f} s")
             clock = time.perf_counter()
-            if missing(*config.arms) and not complaints:
+            if missing(*config.arm_list) and not complaints:
                 size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
-                print(f"RL from there: {', '.join(config.arms)}; {size}", flush=True)
-                complaints = run_jobs(missing(*config.arms))
+                print(f"RL from there: {config.arms}; {size}", flush=True)
+                complaints = run_jobs(missing(*config.arm_list))
                 print(f"  {time.perf_counter() - clock:.0f} s")
     except BrokenProcessPool:
         complaints.append("a worker process died, of too little memory perhaps: start again to continue")

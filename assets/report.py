@@ -29,7 +29,7 @@ def plot_curves(config, summary, path):
     panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # Okabe and Ito's: safe for the colour-blind
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for colour, arm in zip(colours, (arm for arm in config.arms if arm in summary), strict=False):
+        for colour, arm in zip(colours, (arm for arm in config.arm_list if arm in summary), strict=False):
             curves = summary[arm]["curves"]
             by_step = list(zip(*curves[name], strict=True))
             steps, means = curves["step"][0], [statistics.fmean(values) for values in by_step]
@@ -63,11 +63,11 @@ def sections(config, summary):
     """{name of a report mark: what the README says there}."""
     heading, *rows = train_toy.table(summary)
     table = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in config.arms}
-    gains = [curve[-1] - curve[0] for arm in config.arms for curve in accuracy[arm]]
-    worst = max(falls(curve) for arm in config.arms for curve in accuracy[arm])
+    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in config.arm_list}
+    gains = [curve[-1] - curve[0] for arm in config.arm_list for curve in accuracy[arm]]
+    worst = max(falls(curve) for arm in config.arm_list for curve in accuracy[arm])
     count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "train_toy.py")}
-    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arms)
+    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arm_list)
     return {
         "size": f"It is {sum(count.values())} lines of code in three files, comments, docstrings and blanks aside.",
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
@@ -96,7 +96,7 @@ def rewrite(readme, texts):
 
 def load_results():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return train_toy.recorded_config(results), results["summary"]
+    return train_toy.Config(**results["config"]), results["summary"]
 
 
 def main():

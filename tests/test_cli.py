@@ -81,13 +81,13 @@ def test_the_arms_are_what_the_readme_says():
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):
     """Made-up rows: seed 0 crosses 0.9 at update 8, exactly; seed 1 stopped early."""
-    config = train_toy.Config(seeds=2, arms=("rl",))
+    config = train_toy.Config(seeds=2, arms="rl")
     (tmp_path / "parts").mkdir()
     for arm, steps in (("sft", [0]), ("rl", [4, 8, 12])):
         train_toy.policy_file(tmp_path, arm, 0).write_bytes(b"")
         for step in steps:
             row = {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
-            row |= dict.fromkeys(("entropy", "confidence", "share_S"), 0.5)
+            row |= dict.fromkeys(("entropy", "confidence", "share_S", "classifier_norm", *train_toy.KERNEL), 0.5)
             train_toy.append_row(train_toy.rows_file(tmp_path, arm, 0), row)
     summary = train_toy.summarise(config, tmp_path)
     assert summary["rl"]["updates_to_threshold"] == [8, None]
@@ -196,7 +196,7 @@ def test_results_are_never_overwritten(capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
     (tmp_path / "odd").mkdir()
-    for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": ["rl"], "seed": "x"}}'):
+    for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": "rl", "seed": "x"}}'):
         (tmp_path / "odd" / "config.json").write_text(damaged, encoding="utf-8")
         assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
 
@@ -276,7 +276,7 @@ class DeadlyPath(type(Path())):
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     """Instead of waiting for it for ever."""
-    (complaint,) = train_toy.run(train_toy.Config(arms=("rl",)), DeadlyPath(tmp_path), workers=2)
+    (complaint,) = train_toy.run(train_toy.Config(arms="rl"), DeadlyPath(tmp_path), workers=2)
     assert "a worker process died" in complaint
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_toy
 
@@ -27,6 +29,10 @@ def run(out, *flags, seed=0):
 def rows_without_seconds(path):
     with open(path, newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader(file)]
+
+
+def rows_of(out):
+    return rows_without_seconds(out / "metrics.csv")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,53 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
     assert list(summary) == ["sft", *ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
+
+
+def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(finished):
+    """Its changes telescope: summed over all updates they are the probe's confidence and entropy now, minus those at
+    the start. While the body is frozen nothing is the body's doing. 1e-5: the file keeps six digits."""
+    rows = [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in rows_of(finished)]
+    start = rows.pop()
+    assert start["arm"] == "sft" and start["confidence_change"] == 0
+    for row in rows:
+        for name in ("entropy", "confidence"):
+            change = row[f"{name}_change"]
+            parts = sum(row[f"{name}_{part}"] for part in ("by_W", "by_body", "residual"))
+            assert change == pytest.approx(parts, abs=1e-5)
+            assert change == pytest.approx(row[f"probe_{name}"] - start[f"probe_{name}"], abs=1e-5)
+            frozen = row["arm"] == "cf-rl" and row["step"] == 2
+            assert (row[f"{name}_by_body"] == 0) == frozen and row[f"{name}_by_W"] != 0
+
+
+def test_the_kernel_is_measured_at_the_ends_of_the_stages(finished):
+    """Updates 0, 2 and 4 here. While the body rests, all that happens to the kernel is what W did to G, and R stays."""
+    rows = {(row["arm"], row["step"]): {k: float(row[k]) for k in train_toy.KERNEL} for row in rows_of(finished)}
+    assert not any(math.isnan(value) for row in rows.values() for value in row.values())
+    start, stage_1 = rows["sft", "0"], rows["cf-rl", "2"]
+    assert start["kernel_G_by_W"] == 1 and start["kernel_G_cosine"] == 1
+    assert stage_1["kernel_R"] == start["kernel_R"] and stage_1["cosine_prompt"] == start["cosine_prompt"]
+    assert stage_1["kernel_G"] == pytest.approx(stage_1["kernel_G_by_W"] * start["kernel_G"], rel=1e-5)
+    assert stage_1["kernel_G_cosine"] < 1 and rows["rl", "4"]["kernel_R"] != start["kernel_R"]
+
+
+def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
+    run(tmp_path / "often", "--arms", "rl", "--eval-every", "1", "--sft-steps", "3")
+    measured = {row["step"] for row in rows_of(tmp_path / "often") if row["kernel_G"] != "nan"}
+    assert measured == {"0", "2", "4"}
+
+
+def test_what_similar_features_are():
+    """Two of three features point the same way, the third the other: by hand, raw and with their mean taken off."""
+    cosines = train_toy.cosines(torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]]))
+    assert sorted(cosines.tolist()) == [-1, -1, -1, -1, 1, 1]
+
+
+def test_the_microscope_s_shares_are_those_of_each_seed():
+    arm = {"confidence_change": [0.2, 0.1], "confidence_by_W": [0.1, 0.1]}
+    arm |= {"confidence_by_body": [0.1, 0.0], "confidence_residual": [0.0, 0.0]}
+    heading, row = train_toy.microscope_table({"sft": {}, "rl": arm})
+    assert heading == ["arm", "top-1 rises by", "through W", "through the body", "neither alone"]
+    assert row == ["rl", "0.150 ±0.071", "75% ±35%", "25% ±35%", "0% ±0%"]
 
 
 def test_the_arms_are_what_the_readme_says():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import generator, random_batch, seeds, states, tiny_gpt
 
 from minicfrl import classifier_gradient, entropy, policy_gradient_loss, sequence_logp
-from ntk import confidence_change, empirical_ntk, entropy_change, logit_change
+from ntk import confidence_change, empirical_ntk, entropy_change, logit_change, microscope
 
 IDENTITY = 1e-9  # two exact formulas for one number, relative to the largest: rounding in sums of thousands of products
 FIRST_ORDER = 0.3  # halving a step divides its second-order error by 4, up to what the third order adds
@@ -33,6 +33,15 @@ def change(before, after):
     """What an update did to the parameters: all that logit_change wants to know of it."""
     old = dict(before.named_parameters())
     return {name: (new - old[name]).detach() for name, new in after.named_parameters()}
+
+
+def moved(model, update, fraction=1.0, part=""):
+    """A copy of the model after a fraction of an update, or of that part of it whose names begin so."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += fraction * update[name] * name.startswith(part)
+    return model
 
 
 def logits_at(model, tokens, mask):
@@ -120,13 +129,7 @@ def test_each_part_of_an_arbitrary_update_is_a_finite_difference(seed, vocab_siz
     update = {name: torch.randn(p.shape, generator=generator(seed)) for name, p in model.named_parameters()}
     parts = logit_change(model, *probe, update)
     for part, moves in zip(parts, ("classifier", "body"), strict=True):
-        sides = []
-        for step in (1e-5, -1e-5):
-            moved = copy.deepcopy(model)
-            with torch.no_grad():
-                for name, parameter in moved.named_parameters():
-                    parameter += step * update[name] * name.startswith(moves)
-            sides.append(logits_at(moved, *probe))
+        sides = [logits_at(moved(model, update, step, moves), *probe) for step in (1e-5, -1e-5)]
         difference = (sides[0] - sides[1]) / 2e-5
         # A LayerNorm of small variance is sharply curved, which costs the difference digits.
         torch.testing.assert_close(part, difference, rtol=1e-4, atol=1e-4 * part.abs().max().item())
@@ -156,17 +159,38 @@ def test_an_adamw_step_with_clipping_is_predicted_up_to_second_order(seed):
     dlogits, logits = sum(logit_change(model, *probe, update)), logits_at(model, *probe)
 
     def logits_after(fraction):
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, parameter in moved.named_parameters():
-                parameter += fraction * update[name]
-        return logits_at(moved, *probe)
+        return logits_at(moved(model, update, fraction), *probe)
 
     assert_first_order(lambda fraction: (logits_after(fraction) - logits - fraction * dlogits).norm().item(), 1.0)
     predicted = entropy_change(logits, dlogits)
     assert_first_order(
         lambda fraction: (entropy(logits_after(fraction)) - entropy(logits) - fraction * predicted).norm().item(), 1.0
     )
+
+
+@given(seed=seeds)
+def test_the_microscope_accounts_for_all_that_an_update_did_up_to_second_order(seed):
+    """What it measures is the change of the mean entropy and top-1 probability; what neither component explains falls
+    as the square of the update, and each component is what its own parameters do alone."""
+    model = tiny_gpt(seed)
+    probe = states(model, 3, 6, seed)
+    update = {name: 1e-4 * torch.randn(p.shape, generator=generator(seed)) for name, p in model.named_parameters()}
+    logits, top = logits_at(model, *probe), lambda model: logits_at(model, *probe).softmax(dim=1).amax(dim=1).mean()
+    seen = microscope(model, moved(model, update), *probe)
+    assert seen["confidence_change"] == pytest.approx((top(moved(model, update)) - top(model)).item(), abs=1e-14)
+    assert seen["entropy_change"] == pytest.approx(
+        (entropy(logits_at(moved(model, update), *probe)) - entropy(logits)).mean().item(), abs=1e-14
+    )
+    for name in ("entropy", "confidence"):
+        by_W, by_body, residual = (seen[f"{name}_{part}"] for part in ("by_W", "by_body", "residual"))
+        assert by_W + by_body + residual == pytest.approx(seen[f"{name}_change"], abs=1e-14)
+        for part, expected in (("classifier", (by_W, 0.0)), ("body", (0.0, by_body))):
+            alone = microscope(model, moved(model, update, part=part), *probe)
+            assert (alone[f"{name}_by_W"], alone[f"{name}_by_body"]) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+    if (logits.topk(2).values.diff() < -1e-2).all():  # nowhere does the update make another token the likeliest
+        for name in ("entropy_residual", "confidence_residual"):
+            assert_first_order(lambda f, name=name: abs(microscope(model, moved(model, update, f), *probe)[name]), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -59,18 +59,53 @@ def falls(curve):
     return max(max(curve[: i + 1]) - value for i, value in enumerate(curve))
 
 
+def markdown(heading, *rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + ["---:"] * (len(heading) - 1), *rows))
+
+
+def stage_table(config, summary, columns, arms):
+    """What is measured at the ends of the stages: of the start, which all arms share, then of each arm.
+
+    columns are (heading, measure, format), as for train_toy.table."""
+    rows = [["policy"] + [heading for heading, _, _ in columns]]
+    for arm in arms:
+        for end, step in enumerate(config.stage_ends):
+            values = {name: [seed[end] for seed in summary[arm]["stages"][name]] for _, name, _ in columns}
+            name = f"{arm}, update {step}" if step else "start"
+            rows.append([name] + [train_toy.cell(values, *column[1:]) for column in columns])
+    return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
+
+
+KERNEL_COLUMNS = (
+    ("norm of R", "kernel_R", ".0f"),
+    ("norm of G", "kernel_G", ".0f"),
+    ("G with this W but the start's body, relative norm", "kernel_G_by_W", ".2f"),
+    ("its cosine with the start's G", "kernel_G_cosine", ".3f"),
+    ("norm of W", "classifier_norm", ".2f"),
+)
+FEATURE_COLUMNS = (
+    ("end of prompt: mean cosine", "cosine_prompt", ".3f"),
+    ("positive", "positive_prompt", ".0%"),
+    ("and less their mean", "centred_positive_prompt", ".0%"),
+    ("in the response: mean cosine", "cosine_continuation", ".3f"),
+    ("positive", "positive_continuation", ".0%"),
+    ("and less their mean", "centred_positive_continuation", ".0%"),
+)
+
+
 def sections(config, summary):
     """{name of a report mark: what the README says there}."""
-    heading, *rows = train_toy.table(summary)
-    table = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in config.arm_list}
     gains = [curve[-1] - curve[0] for arm in config.arm_list for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in config.arm_list for curve in accuracy[arm])
-    count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "train_toy.py")}
+    count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arm_list)
     return {
-        "size": f"It is {sum(count.values())} lines of code in three files, comments, docstrings and blanks aside.",
-        "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
+        "size": f"It is {sum(count.values())} lines of code in four files, comments, docstrings and blanks aside.",
+        "table": markdown(*train_toy.table(summary)),
+        "microscope": markdown(*train_toy.microscope_table(summary)),
+        "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
+        "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
         "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),
         "spread": textwrap.fill(
             f"Over the {config.seeds} seeds and all arms the accuracy rises by {min(gains):.2f} to "
@@ -78,9 +113,7 @@ def sections(config, summary):
             f"Updates to {config.threshold:g}, seed by seed: {updates}.",
             118,
         ),
-        "files": "\n".join(
-            ["| file | lines of code |", "| --- | ---: |"] + [f"| `{f}` | {n} |" for f, n in count.items()]
-        ),
+        "files": markdown(["file", "lines of code"], *([f"`{f}`", str(n)] for f, n in count.items())),
     }
 
 

@@ -16,7 +16,7 @@ def tags(text):
 
 
 def test_every_equation_of_the_readme_has_its_line_of_code_and_the_other_way_round():
-    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "minicfrl.py"))
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "minicfrl.py", "ntk.py"))
     implemented = tags("".join(re.findall(r"# .*?\(E\d\)|\(E\d\)$", code, re.MULTILINE)))
     assert tags(README) == tags(code) == implemented
 
@@ -28,7 +28,7 @@ def test_the_numbers_of_the_readme_are_those_that_the_report_writes():
 
 def test_the_readme_explains_every_column_of_the_metrics():
     _, summary = load_results()
-    columns = {name for name in summary["rl"] if name not in ("seed", "curves", "updates_to_threshold")}
+    columns = {name for name in summary["rl"] if name not in ("seed", "curves", "stages", "updates_to_threshold")}
     explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", README, re.MULTILINE) for name in line.split(", ")}
     assert columns <= explained
 

@@ -16,16 +16,16 @@ Shapes: N, M states, V vocabulary, d features, U = min(V, d) differentiated outp
 at one position, T tokens up to it, I inputs, O outputs. A state is a (row, position) of tokens that a mask selects.
 """
 
+import copy
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, jvp
+from torch.func import functional_call, jacrev, jvp, vjp
 
-from model import GPT, Body, check_counts, check_tokens, confidence, entropy
+from model import GPT, check_counts, check_tokens, confidence, entropy
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class NTK:
 
 
 def _check_states(model, tokens, mask):
-    """Raise ValueError unless `mask` selects states of `tokens` and W is no part of the body."""
+    """Raise ValueError unless `mask` selects states of `tokens` and the logits are W phi, W no part of the body."""
     check_tokens(model, tokens)
     if mask.shape != tokens.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
@@ -50,11 +50,23 @@ def _check_states(model, tokens, mask):
         raise ValueError("mask selects no state")
     if tokens.size(1) > model.config.block_size:
         raise ValueError(f"{tokens.size(1)} tokens are more than block_size={model.config.block_size}")
-    if model.classifier.bias is not None:
-        raise ValueError("the classifier has a bias, which K = R + G leaves out: build it with bias=False")
+    if tokens.is_inference() or torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be differentiated in torch.inference_mode: use torch.no_grad")
+    if type(model.classifier) is not nn.Linear or model.classifier.bias is not None:
+        raise ValueError(f"the classifier must be nn.Linear with bias=False, else K is not R + G: {model.classifier}")
+    W = model.classifier.weight
+    if W.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the kernel needs a model in float32 or float64, not {W.dtype}")
     for name, parameter in model.body.named_parameters():
-        if parameter.data_ptr() == model.classifier.weight.data_ptr():
+        if parameter.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
             raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
+
+
+def _body_function(model, tokens, mask):
+    """The body as a function, {name: parameter} -> features (N, d) of the selected states, and its parameters."""
+    body = copy.deepcopy(model.body)  # functional_call does not give a module that is registered twice its own back
+    theta = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    return lambda theta: functional_call(body, theta, (tokens,))[mask], theta
 
 
 # ------------------------------------------------------------------------------------------------------- the definition
@@ -65,14 +77,14 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
 
     With P parameters that is (N + M) V P numbers to hold and N V M V P products to add.
     """
-    theta = {name: parameter.detach() for name, parameter in model.body.named_parameters()}
     W = model.classifier.weight.detach()
 
     def jacobian(tokens, mask):  # {name: (N, V, *the parameter's shape)}
-        return jacrev(lambda theta: functional_call(model.body, theta, (tokens,))[mask] @ W.T)(theta)
+        features, theta = _body_function(model, tokens, mask)
+        return jacrev(lambda theta: features(theta) @ W.T)(theta)
 
     J, J2 = jacobian(tokens, mask), jacobian(tokens2, mask2)
-    return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in theta)
+    return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in J)
 
 
 # --------------------------------------------------------------------------------------------------------- the fast way
@@ -88,6 +100,8 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
 # out, as the g of a layer with one position and one input that is 1. Every layer so becomes a pair
 #
 #     inputs (n, T, I) and backprops (n, U, T, O).
+#
+# A body with anything else in it would get a wrong kernel. So the result is checked on random directions (`_holds`).
 
 
 def _record(body, rows):
@@ -97,7 +111,8 @@ def _record(body, rows):
     def hook(module, arguments, output):
         if module is body.token_embedding:  # the graph starts here: frozen or not, no parameter is differentiated
             output = output.detach().requires_grad_()
-        calls.append((module, arguments[0].detach(), output))
+        if output.shape[:-1] == rows.shape:  # one vector per token
+            calls.append((module, arguments[0].detach(), output))
         return output
 
     layers = [m for m in body.modules() if type(m) is nn.Linear or type(m) is nn.LayerNorm and m.bias is not None]
@@ -109,17 +124,6 @@ def _record(body, rows):
             handle.remove()
 
 
-def _unknown_part(body, rows):
-    """What of the body is not made of linear layers, LayerNorms and embeddings called once: a name, or None."""
-    if type(body) is not Body or type(body.token_embedding) is not nn.Embedding:
-        return "body"
-    _, calls = _record(body, rows)
-    calls = [(module, y) for module, _, y in calls if y.shape[:2] == rows.shape]  # one output per token
-    uses = Counter(id(parameter) for module, _ in calls for parameter in module.parameters())
-    uses[id(body.position_embedding.weight)] += 1  # it is added to the token embedding, which stands for both
-    return next((f"body.{name}" for name, parameter in body.named_parameters() if uses[id(parameter)] != 1), None)
-
-
 @torch.enable_grad()
 def _layers(model, rows):
     """The states at the end of `rows` (n, T) -> [(inputs (n, T, I), backprops (n, U, T, O))], one pair per layer."""
@@ -128,7 +132,8 @@ def _layers(model, rows):
     outputs = features @ W.T if len(W) <= W.size(1) else features  # (n, U): the fewer of logits and features
     backprops = [y.new_empty(len(rows), outputs.size(1), *y.shape[1:]) for _, _, y in calls]
     for u in range(outputs.size(1)):  # one row, one state: the sum over rows keeps them apart
-        gradients = torch.autograd.grad(outputs[:, u].sum(), [y for _, _, y in calls], retain_graph=True)
+        ys = [y for _, _, y in calls]
+        gradients = torch.autograd.grad(outputs[:, u].sum(), ys, retain_graph=True, materialize_grads=True)
         for g, gradient in zip(backprops, gradients, strict=True):
             g[:, u] = gradient
     layers = []
@@ -165,11 +170,11 @@ def _products(layers, layers2, symmetric):
         if x.size(1) * (y.size(1) + U) > 2 * U * x.size(2):  # many positions, few inputs: cheaper, even to build
             (x, g), (y, h) = _explicit(x, g), _explicit(y, h)
         g, h = g.flatten(2), h.permute(0, 2, 3, 1).flatten(2)  # (n, U, T*O), (m, S, O*U): no more copies from here on
-        for m in range(len(y)):
+        for m in range(len(y)):  # one state on the right, a tile of them on the left
             for first in range(m if symmetric else 0, len(x), TILE):
                 tile = slice(first, first + TILE)
                 weighted = x[tile] @ y[m].T @ h[m]  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
-                kernel[tile, :, m] += g[tile] @ weighted.view(-1, g.size(2), U)
+                kernel[tile, :, m] += g[tile] @ weighted.view(len(weighted), g.size(2), U)
     return kernel
 
 
@@ -199,8 +204,9 @@ def empirical_ntk(
     T, and for LayerNorm. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of
     each, where a Jacobian takes U I O.
 
-    Raises ValueError for bad tokens or masks, and for a classifier that is tied or biased. If the body has parameters
-    that are not those of one Linear, LayerNorm or embedding called once, G comes from its definition, with a warning.
+    Raises ValueError for bad tokens or masks and for a classifier that is tied, biased or no nn.Linear. If the body is
+    not all linear layers, LayerNorms and embeddings (a layer of another kind, a weight used twice, a hook that changes
+    an output), G comes from its definition, with a warning.
     """
     check_counts(block=block)
     if (tokens2 is None) != (mask2 is None):
@@ -212,12 +218,6 @@ def empirical_ntk(
         _check_states(model, some_tokens, some_mask)
     with torch.no_grad():
         representation = model.features(tokens)[mask] @ model.features(tokens2)[mask2].T  # (N, M)  (E7)
-    if unknown := _unknown_part(model.body, tokens[:1]):
-        warnings.warn(
-            f"{unknown} is no Linear, LayerNorm or embedding used once: the kernel will be slow", stacklevel=2
-        )
-        return NTK(representation, gradient_by_definition(model, tokens, mask, tokens2, mask2))
-
     W = model.classifier.weight.detach()
     (N, M), U = representation.shape, min(W.shape)
     gradient = W.new_zeros(N, U, M, U)
@@ -237,7 +237,28 @@ def empirical_ntk(
         gradient = torch.where(done[:, None, :, None], gradient, gradient.permute(2, 3, 0, 1))
     if U < len(W):
         gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
+    if not _holds(model, gradient, (tokens, mask), None if symmetric else (tokens2, mask2)):
+        message = "the body is not all linear layers, LayerNorms and embeddings: G comes from its definition, slowly"
+        warnings.warn(message, stacklevel=2)
+        gradient = gradient_by_definition(model, tokens, mask, tokens2, mask2)
     return NTK(representation, gradient)
+
+
+def _holds(model, gradient, states, states2):
+    """Whether u^T G u' = <J^T u, J'^T u'> for random u, u' over all states and logits: two plain backward passes."""
+
+    def directions(states, seed):
+        features, theta = _body_function(model, *states)
+        phi, backward = vjp(features, theta)
+        W = model.classifier.weight.detach()
+        u = torch.randn(len(phi), len(W), dtype=W.dtype, generator=torch.Generator().manual_seed(seed))
+        return u, torch.cat([part.flatten() for part in backward(u @ W)[0].values()])
+
+    u, v = directions(states, 0)
+    u2, v2 = (u, v) if states2 is None else directions(states2, 1)
+    error = torch.einsum("nv,nvmw,mw->", u, gradient, u2) - v @ v2
+    rounding = torch.finfo(gradient.dtype).eps * v.norm() * v2.norm()
+    return error.abs() <= 1000 * rounding  # tests see up to 100 of it; a layer that is left out is far more
 
 
 # ------------------------------------------------------------------------------------------------- what an update does
@@ -265,12 +286,12 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
                 f"update of {name} must be {tuple(parameters[name].shape)} {parameters[name].dtype}, "
                 f"not {tuple(change.shape)} {change.dtype}"
             )
+    changes = {name: change.detach() for name, change in update.items()}
+    features, theta = _body_function(model, tokens, mask)
+    dtheta = {name: changes.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
+    phi, dphi = jvp(features, (theta,), (dtheta,))  # (N, d) each
     W = parameters["classifier.weight"]
-    dW = update.get("classifier.weight", torch.zeros_like(W))
-    theta = {name: parameter.detach() for name, parameter in model.body.named_parameters()}
-    dtheta = {name: update.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
-    phi, dphi = jvp(lambda theta: functional_call(model.body, theta, (tokens,))[mask], (theta,), (dtheta,))  # (N, d)
-    return phi @ dW.T, dphi @ W.T  # (E8)
+    return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
 
 
 def _check_change(logits, dlogits):
@@ -281,7 +302,7 @@ def _check_change(logits, dlogits):
 
 
 def entropy_change(logits: Tensor, dlogits: Tensor) -> Tensor:
-    """First-order change of the entropy, in nats, when logits change by dlogits, (N, V) both -> (N,)  (E9).
+    """First-order change of the entropy, in nats, when finite logits change by dlogits, (N, V) both -> (N,)  (E9).
 
     dH = -sum_a pi_a (log pi_a + H) df_a = -Cov_{a~pi}(log pi_a, df_a): raising what is likely lowers it. Our
     derivation; also in Cui et al., arXiv 2505.22617. ValueError for shapes that disagree.
@@ -313,7 +334,7 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
 
     For entropy (nats) and confidence (top-1 probability), as means over the states: NAME_change, as measured; NAME_by_W
     and NAME_by_body, what the representation and the gradient component predict to first order (E8, E9); NAME_residual,
-    the rest of the change, which is neither's alone. Whatever made the update: SGD, Adam, one stage or the other.
+    the rest, which is beyond first order. Whatever made the update: SGD, Adam, one stage or the other.
     """
     update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
     parts = logit_change(before, tokens, mask, update)  # (N, V) twice

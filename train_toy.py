@@ -323,8 +323,7 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
 
 
 KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine")
-KERNEL += ("cosine_prompt", "positive_prompt", "centred_positive_prompt")
-KERNEL += ("cosine_continuation", "positive_continuation", "centred_positive_continuation")
+KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
 
 
 @torch.no_grad()
@@ -343,7 +342,7 @@ def kernel_row(model, probe):
     for kind in (first, probe.state_mask & ~first):
         features = model.features(probe.tokens)[kind]
         raw, centred = cosines(features), cosines(features - features.mean(dim=0))
-        row += [raw.mean(), (raw > 0).float().mean(), (centred > 0).float().mean()]
+        row += [raw.mean(), (raw > 0).float().mean(), centred.square().mean().sqrt()]
     return dict(zip(KERNEL, torch.stack(row).tolist(), strict=True))
 
 
@@ -369,7 +368,7 @@ MICROSCOPE = (  # the rise in confidence, and its shares
     ("top-1 rises by", "confidence_change", ".3f"),
     ("through W", "confidence_by_W", ".0%"),
     ("through the body", "confidence_by_body", ".0%"),
-    ("neither alone", "confidence_residual", ".0%"),
+    ("beyond first order", "confidence_residual", ".0%"),
 )
 
 

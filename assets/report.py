@@ -64,32 +64,33 @@ def markdown(heading, *rows):
 
 
 def stage_table(config, summary, columns, arms):
-    """What is measured at the ends of the stages: of the start, which all arms share, then of each arm.
-
-    columns are (heading, measure, format), as for train_toy.table."""
+    """What is measured at the ends of the stages, as medians (and ranges) over the seeds: of the start, which all arms
+    share, then of each arm. columns are (heading, measure, format), as for train_toy.table."""
     rows = [["policy"] + [heading for heading, _, _ in columns]]
     for arm in arms:
         for end, step in enumerate(config.stage_ends):
-            values = {name: [seed[end] for seed in summary[arm]["stages"][name]] for _, name, _ in columns}
-            name = f"{arm}, update {step}" if step else "start"
-            rows.append([name] + [train_toy.cell(values, *column[1:]) for column in columns])
+            rows.append([f"{arm}, update {step}" if step else "start"])
+            for _, name, form in columns:
+                values = [seed[end] for seed in summary[arm]["stages"][name]]
+                low, middle, high = (f"{f(values):{form}}" for f in (min, statistics.median, max))
+                rows[-1].append(middle if low == high else f"{middle} ({low} to {high})")
     return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
 
 
 KERNEL_COLUMNS = (
     ("norm of R", "kernel_R", ".0f"),
     ("norm of G", "kernel_G", ".0f"),
-    ("G with this W but the start's body, relative norm", "kernel_G_by_W", ".2f"),
-    ("its cosine with the start's G", "kernel_G_cosine", ".3f"),
+    ("through W alone", "kernel_G_by_W", ".2f"),
+    ("its cosine", "kernel_G_cosine", ".2f"),
     ("norm of W", "classifier_norm", ".2f"),
 )
 FEATURE_COLUMNS = (
-    ("end of prompt: mean cosine", "cosine_prompt", ".3f"),
+    ("end of prompt: mean cosine", "cosine_prompt", ".2f"),
     ("positive", "positive_prompt", ".0%"),
-    ("and less their mean", "centred_positive_prompt", ".0%"),
-    ("in the response: mean cosine", "cosine_continuation", ".3f"),
+    ("centred", "centred_prompt", ".2f"),
+    ("in the response: mean cosine", "cosine_continuation", ".2f"),
     ("positive", "positive_continuation", ".0%"),
-    ("and less their mean", "centred_positive_continuation", ".0%"),
+    ("centred", "centred_continuation", ".2f"),
 )
 
 

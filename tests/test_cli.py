@@ -1,6 +1,7 @@
 """The command line: what a run leaves behind, that it repeats to the byte, and that bad input ends in one sentence."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import generator, tiny_gpt
 
 import train_toy
+from minicfrl import make_probe
+from ntk import empirical_ntk
 
 ROOT = Path(__file__).parent.parent
 TINY = "--workers 1 --digits 1 --sft-steps 60 --rl-steps 4 --classifier-steps 2 --prompts 8 --samples 4".split()
@@ -105,17 +109,42 @@ def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
     assert measured == {"0", "2", "4"}
 
 
-def test_what_similar_features_are():
-    """Two of three features point the same way, the third the other: by hand, raw and with their mean taken off."""
-    cosines = train_toy.cosines(torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]]))
-    assert sorted(cosines.tolist()) == [-1, -1, -1, -1, 1, 1]
+def test_the_kernel_s_columns_are_what_the_readme_says():
+    """Computed once more from the definitions, for a policy whose W and body both moved."""
+    task, start = train_toy.Addition(1), tiny_gpt(0, vocab_size=17, block_size=11)
+    probe = make_probe(start, task, task.heldout_pairs[:3], generator(0))
+    model = tiny_gpt(1, vocab_size=17, block_size=11)
+    row = train_toy.kernel_row(model, probe)
+
+    states, mask = probe.state_mask.nonzero(), torch.zeros_like(probe.state_mask)
+    assert len(states) < 64  # so they all count, up to the 32nd
+    mask[tuple(states[:32].T)] = True
+    K, K0 = empirical_ntk(model, probe.tokens, mask), empirical_ntk(start, probe.tokens, mask)
+    start.classifier.weight.data.copy_(model.classifier.weight)
+    G, G0 = empirical_ntk(start, probe.tokens, mask).gradient, K0.gradient
+    assert row["kernel_R"] == pytest.approx((K.full() - K.gradient).norm().item())
+    assert row["kernel_G"] == pytest.approx(K.gradient.norm().item())
+    assert row["kernel_G_by_W"] == pytest.approx((G.norm() / G0.norm()).item())
+    assert row["kernel_G_cosine"] == pytest.approx(((G * G0).sum() / G.norm() / G0.norm()).item())
+
+    features = model.features(probe.tokens)
+    kinds = {"prompt": features[:, 3], "continuation": [x for i, j in states if j > 3 for x in features[i, j][None]]}
+    for kind, vectors in kinds.items():
+        vectors = [vector.detach() for vector in vectors]
+        mean = sum(vectors) / len(vectors)
+        pairs = list(itertools.permutations(vectors, 2))
+        cosines = [(x @ y / x.norm() / y.norm()).item() for x, y in pairs]
+        centred = [((x - mean) @ (y - mean) / (x - mean).norm() / (y - mean).norm()).item() for x, y in pairs]
+        assert row[f"cosine_{kind}"] == pytest.approx(sum(cosines) / len(pairs))
+        assert row[f"positive_{kind}"] == pytest.approx(sum(c > 0 for c in cosines) / len(pairs))
+        assert row[f"centred_{kind}"] == pytest.approx((sum(c * c for c in centred) / len(pairs)) ** 0.5)
 
 
 def test_the_microscope_s_shares_are_those_of_each_seed():
     arm = {"confidence_change": [0.2, 0.1], "confidence_by_W": [0.1, 0.1]}
     arm |= {"confidence_by_body": [0.1, 0.0], "confidence_residual": [0.0, 0.0]}
     heading, row = train_toy.microscope_table({"sft": {}, "rl": arm})
-    assert heading == ["arm", "top-1 rises by", "through W", "through the body", "neither alone"]
+    assert heading == ["arm", "top-1 rises by", "through W", "through the body", "beyond first order"]
     assert row == ["rl", "0.150 ±0.071", "75% ±35%", "25% ±35%", "0% ±0%"]
 
 

@@ -216,34 +216,51 @@ class Doubled(nn.Linear):
         return super().forward(x) * 2
 
 
-def with_an_unknown_layer(model):
-    model.body.blocks[0].mlp[1] = Scale(32)
-    return "body.blocks.0.mlp.1.gain"
+class PerHead(nn.Module):
+    """A LayerNorm of each half of the features: its outputs are no vector per token."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(x.unflatten(2, (2, 4))).flatten(2)
 
 
-def with_a_layer_called_twice(model):
-    model.body.blocks[0].mlp = Twice(8)
-    return "body.blocks.0.mlp.linear.weight"
+def with_an_unknown_layer(body):
+    body.blocks[0].mlp[1] = Scale(32)
 
 
-def with_a_shared_weight(model):
-    model.body.blocks[1].attention.proj.weight = model.body.blocks[0].attention.proj.weight
-    return "body.blocks.0.attention.proj.weight"
+def with_a_layer_called_twice(body):
+    body.blocks[0].mlp = Twice(8)
 
 
-def with_a_subclass(model):
-    model.body.blocks[0].attention.proj = Doubled(8, 8)
-    return "body.blocks.0.attention.proj.weight"
+def with_a_layer_in_two_places(body):
+    body.blocks[1].mlp = body.blocks[0].mlp
 
 
-def with_a_norm_without_bias(model):
-    model.body.norm = nn.LayerNorm(8, bias=False)
-    return "body.norm.weight"
+def with_a_shared_weight(body):
+    body.blocks[1].attention.proj.weight = body.blocks[0].attention.proj.weight
 
 
-def with_another_body(model):
-    model.body = type("OtherBody", (type(model.body),), {})(model.config)
-    return "body"
+def with_a_subclass(body):
+    body.blocks[0].attention.proj = Doubled(8, 8)
+
+
+def with_a_norm_without_bias(body):
+    body.norm = nn.LayerNorm(8, bias=False)
+
+
+def with_a_norm_per_head(body):
+    body.blocks[1].attention_norm = PerHead()
+
+
+def with_a_hook_that_ablates(body):
+    body.blocks[0].mlp[2].register_forward_hook(lambda module, arguments, output: 0.5 * output)
+
+
+def with_an_embedding_that_ignores_a_token(body):
+    body.token_embedding.padding_idx = 0
 
 
 @pytest.mark.parametrize(
@@ -251,43 +268,106 @@ def with_another_body(model):
     [
         with_an_unknown_layer,
         with_a_layer_called_twice,
+        with_a_layer_in_two_places,
         with_a_shared_weight,
         with_a_subclass,
         with_a_norm_without_bias,
-        with_another_body,
+        with_a_norm_per_head,
+        with_a_hook_that_ablates,
+        with_an_embedding_that_ignores_a_token,
     ],
 )
 def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warning(change):
+    """And the model keeps its own parameters, also those of a module that is registered twice."""
     torch.manual_seed(0)  # new layers draw from the global generator
     model = tiny_gpt(0)
-    name = change(model)
+    change(model.body)
     tokens, mask = states(model, 2, 4, 0)
-    with pytest.warns(UserWarning, match=f"^{name} is no Linear, LayerNorm or embedding used once"):
-        kernel = empirical_ntk(model, tokens, mask)
+    assert (tokens == 0).any()
+    before = [id(parameter) for parameter in model.parameters()]
+    for right in ((), states(model, 3, 5, 1)):
+        with pytest.warns(UserWarning, match="^the body is not all linear layers"):
+            kernel = empirical_ntk(model, tokens, mask, *right)
+        assert_equal(kernel.gradient, oracle(model, tokens, mask, *right))
+    logit_change(model, tokens, mask, {})
+    assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def without_biases(body):
+    body.blocks[0].mlp[0] = nn.Linear(8, 32, bias=False)
+
+
+def with_a_norm_without_parameters(body):
+    body.blocks[1].mlp_norm = nn.LayerNorm(8, elementwise_affine=False)
+
+
+def with_a_branch_that_is_zero(body):
+    nn.init.zeros_(body.blocks[0].attention.proj.weight)
+    nn.init.zeros_(body.blocks[1].mlp[2].weight)
+
+
+def with_a_frozen_embedding(body):
+    body.token_embedding.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [without_biases, with_a_norm_without_parameters, with_a_branch_that_is_zero, with_a_frozen_embedding],
+)
+def test_what_the_fast_way_does_know_needs_no_warning(change):
+    torch.manual_seed(0)
+    model = tiny_gpt(0)
+    change(model.body)
+    tokens, mask = states(model, 2, 4, 0)
+    kernel = empirical_ntk(model, tokens, mask)  # a warning would fail the test
+    model.requires_grad_()
     assert_equal(kernel.gradient, oracle(model, tokens, mask))
+
+
+def test_a_classifier_of_zeros_has_no_gradient_component():
+    model = tiny_gpt(0)
+    nn.init.zeros_(model.classifier.weight)
+    kernel = empirical_ntk(model, *states(model, 2, 4, 0))
+    assert torch.equal(kernel.gradient, torch.zeros_like(kernel.gradient)) and kernel.representation.any()
 
 
 def tied(model):
     model.classifier.weight = model.body.token_embedding.weight
 
 
+def tied_to_a_part_of_it(model):
+    model.body.token_embedding = nn.Embedding(6, 8)
+    model.classifier.weight = nn.Parameter(model.body.token_embedding.weight.data[1:])
+
+
 def biased(model):
     model.classifier = nn.Linear(8, 5)
+
+
+def of_two_layers(model):
+    model.classifier = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Tanh())
+
+
+def in_half_precision(model):
+    model.half()
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (tied, "the classifier is tied to body.token_embedding.weight"),
-        (biased, "the classifier has a bias"),
+        (tied_to_a_part_of_it, "the classifier is tied to body.token_embedding.weight"),
+        (biased, "the classifier must be nn.Linear with bias=False.*bias=True"),
+        (of_two_layers, "the classifier must be nn.Linear with bias=False.*Tanh"),
+        (in_half_precision, "float32 or float64, not torch.float16"),
     ],
 )
-def test_a_classifier_that_is_tied_or_biased_is_refused(change, message):
-    """With either, R + G is not the kernel: a tied W is part of the body too, a bias adds 1 to <phi, phi'>."""
+def test_a_classifier_with_which_the_kernel_is_not_r_plus_g_is_refused(change, message):
+    """A tied W is part of the body too, a bias adds 1 to <phi, phi'>; half precision has no digits to split."""
     model = tiny_gpt(0)
     change(model)
     for call in (empirical_ntk, lambda *arguments: logit_change(*arguments, {})):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             call(model, *states(model, 2, 4, 0))
 
 
@@ -315,6 +395,11 @@ def test_bad_states_are_refused_in_one_sentence(tokens, mask, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ValueError, match="use torch.no_grad"):
+        empirical_ntk(tiny_gpt(0), TOKENS, MASK)
 
 
 def test_half_a_second_set_and_a_bad_block_are_refused():

@@ -261,8 +261,8 @@ def test_classifier_then_body_is_the_joint_step_to_first_order(seed):
 
 @given(seed=seeds)
 def test_stage_1_moves_the_classifier_s_norm_by_the_covariance_of_log_probability_and_advantage(seed):
-    """d|W|^2 = 2 <W, dW> = 2 eta sum_i A_i g_i . f_i, and over y ~ pi that is 2 eta Cov(log pi, A): what lowers entropy
-    also lengthens W, and rewarding the unlikely shortens it. So a longer W is no necessity of RL."""
+    """d|W|^2 = 2 <W, dW> = 2 eta sum_i A_i g_i . f_i, and over y ~ pi that is 2 eta Cov(log pi, A): rewarding what is
+    likely lengthens W, rewarding the unlikely shortens it. So a longer W is no necessity of RL."""
     model = tiny_gpt(seed)
     tokens, mask = states(model, 1, 4, seed)
     phi = model.features(tokens)[:, -1:].detach()  # (1, 1, d): one state, all its V actions, weighted by probability

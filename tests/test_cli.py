@@ -104,9 +104,11 @@ def test_the_kernel_is_measured_at_the_ends_of_the_stages(finished):
 
 
 def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
-    run(tmp_path / "often", "--arms", "rl", "--eval-every", "1", "--sft-steps", "3")
-    measured = {row["step"] for row in rows_of(tmp_path / "often") if row["kernel_G"] != "nan"}
-    assert measured == {"0", "2", "4"}
+    """A group of one is fine too, without a baseline."""
+    flags = ["--arms", "rl", "--eval-every", "1", "--sft-steps", "3", "--samples", "1", "--baseline", "none"]
+    assert run(tmp_path / "often", *flags) == 0
+    measured = {row["step"]: row["kernel_G"] != "nan" for row in rows_of(tmp_path / "often")}
+    assert measured == {"0": True, "1": False, "2": True, "3": False, "4": True}
 
 
 def test_the_kernel_s_columns_are_what_the_readme_says():
@@ -233,7 +235,8 @@ def test_asking_trains_nothing(finished, capsys, tmp_path):
 
 def test_plot_draws_a_picture(finished, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run(tmp_path / "plot", "--arms", "rl", "--plot", "--sft-steps", "3") == 0
+    shutil.copytree(finished, tmp_path / "plot")
+    assert run(tmp_path / "plot", "--plot") == 0
     assert (tmp_path / "plot" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -263,10 +266,6 @@ def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, messag
     assert message in refused(capsys, *flags)
 
 
-def test_a_group_of_one_is_fine_without_a_baseline(tmp_path):
-    assert run(tmp_path / "reinforce", "--samples", "1", "--baseline", "none", "--arms", "rl", "--sft-steps", "3") == 0
-
-
 def test_results_are_never_overwritten(capsys, finished, tmp_path):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     message = refused(capsys, *TINY, "--seed", "1", "--out", str(finished))
@@ -290,12 +289,12 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
     """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
-    assert run(tmp_path / "broken", "--classifier-lr", "1e308", "--arms", "rl,cf-rl") == 1
+    assert run(tmp_path / "broken", "--classifier-lr", "1e308", "--arms", "rl,cf-rl", "--sft-steps", "3") == 1
     printed = capsys.readouterr()
     assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
     assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
     assert "No verdict without all of" in printed.out
-    flags = ["--classifier-lr", "1e308", "--arms", "cf-rl", "--eval-every", "1"]
+    flags = ["--classifier-lr", "1e308", "--arms", "cf-rl", "--eval-every", "1", "--sft-steps", "3"]
     assert run(tmp_path / "at-evaluation", *flags) == 1
     assert "cf-rl, seed 0, stopped at step 1: the policy's logits are not finite" in capsys.readouterr().err
 
@@ -332,17 +331,8 @@ def environment():
 
 def test_the_quick_run_works_in_two_processes(tmp_path):
     """As users start it: a fresh interpreter, spawned workers, float32, no folder for results."""
-    command = [
-        sys.executable,
-        str(ROOT / "train_toy.py"),
-        "--quick",
-        "--arms",
-        "rl,cf-rl",
-        "--sft-steps",
-        "20",
-        "--workers",
-        "2",
-    ]
+    flags = "--quick --arms rl,cf-rl --sft-steps 9 --rl-steps 4 --eval-prompts 4 --final-prompts 4 --workers 2"
+    command = [sys.executable, str(ROOT / "train_toy.py"), *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and done.stderr == ""
     assert "cf-rl" in done.stdout and "No verdict without all of" in done.stdout

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import generator, random_batch, seeds, states, tiny_gpt
 
@@ -169,6 +169,7 @@ def test_an_adamw_step_with_clipping_is_predicted_up_to_second_order(seed):
 
 
 @given(seed=seeds)
+@settings(max_examples=10)
 def test_the_microscope_accounts_for_all_that_an_update_did_up_to_second_order(seed):
     """What it measures is the change of the mean entropy and top-1 probability; what neither component explains falls
     as the square of the update, and each component is what its own parameters do alone."""

@@ -354,6 +354,9 @@ def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Itera
         yield {"step": step, "loss": loss.item()}
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
 @dataclass(frozen=True)
 class RLConfig:
     """Reinforcement learning; `classifier_steps` > 0 makes it CF-RL. ValueError for unusable values."""
@@ -362,8 +365,9 @@ class RLConfig:
     classifier_steps: int = 0  # updates of stage 1
     prompts: int = 32  # per update
     samples: int = 8  # responses per prompt: the group
-    lr: float = 4e-4  # Adam's
-    classifier_lr: float = 8e-3  # Adam's for W in stage 1
+    optimizer: str = "adam"  # or sgd
+    lr: float = 4e-4  # the optimiser's
+    classifier_lr: float = 8e-3  # the same for W in stage 1
     freeze_body: bool = True  # in stage 1; False is the matched control, which differs in nothing else
     baseline: str = "std"  # the kind of group_advantages
     kl: float = 0.0  # lambda of (E6), per nat
@@ -375,6 +379,8 @@ class RLConfig:
         for name in ("lr", "classifier_lr", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
         if self.samples == 1 and self.baseline != "none":
@@ -401,7 +407,7 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
             groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}]
             if not classifier_only:
                 groups.append({"params": model.body.parameters(), "lr": config.lr})
-            optimizer = torch.optim.Adam(groups)
+            optimizer = OPTIMIZERS[config.optimizer](groups)
         with naming_the_step(step):
             record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
         yield {"step": step, "stage": stage, **record}
@@ -462,6 +468,20 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {correct} right among {n} samples makes no sense")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+@torch.no_grad()
+def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> dict[str, float]:
+    """What more samples buy, on the prompts of `pairs` (B, 2): pass@k for k = 1, 2, 4, ... `samples` under the keys
+    best_of_K, and the number of different answers among all samples of a prompt, different_answers."""
+    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    passed, different = dict.fromkeys(ks, 0.0), 0
+    for a, b in pairs.tolist():
+        batch = rollout(model, task, [task.prompt(a, b)], samples, generator)
+        correct = int(batch.rewards.sum())
+        passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
+        different += len({task.answer(response) for response in batch.responses})
+    return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from minicfrl import (
     Addition,
     RLConfig,
     SFTConfig,
+    diversity,
     evaluate,
     make_probe,
     naming_the_step,
@@ -45,13 +46,22 @@ from minicfrl import (
 from model import GPT, GPTConfig, check_counts
 from ntk import empirical_ntk, microscope
 
-# An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's.
+# An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's. Those named
+# random-reward learn from coin flips.
 ARMS = {
     "rl": lambda config: {"classifier_steps": 0},
     "cf-rl": lambda config: {},
     "rl-classifier-lr": lambda config: {"freeze_body": False},  # the matched control
     "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
     "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
+    "rl-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
+    "random-reward": lambda config: {"classifier_steps": 0},
+    "random-reward-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
+}
+# An experiment is other defaults for the flags.
+EXPERIMENTS = {
+    "confidence": dict(seeds=5, arms=",".join(ARMS)),
+    "learning": dict(seeds=5, arms=",".join(ARMS), sft_steps=300, rl_steps=160),
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -73,6 +83,7 @@ class Config:
     samples: int = option(RLConfig.samples, "responses per prompt in RL: the group of the baseline")
     lr: float = option(RLConfig.lr, "Adam's learning rate in RL")
     classifier_lr: float = option(RLConfig.classifier_lr, "Adam's learning rate for the classifier in stage 1")
+    sgd_lr: float = option(0.02, "SGD's learning rate in the arms that use it")
     baseline: str = option(RLConfig.baseline, "group baseline: std, mean, rloo or none")
     kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
     seed: int = option(0, "the first seed")
@@ -272,9 +283,10 @@ def train_arm(config, out, seed, arm, bar):
     task, model = load_policy(config, out, "sft", seed)
     probe, before = start_probe(config, task, model, seed), copy.deepcopy(model)
     seconds, so_far, accuracy = {"train_seconds": 0.0}, NOTHING_YET, math.nan
+    trainer = CoinFlips(config.digits, generator(seed, "coins")) if arm.startswith("random-reward") else task
     bar.reset(total=config.rl_steps)
     clock = time.perf_counter()
-    for record in train_rl(model, task, config.rl(arm), generator(seed, "rl")):
+    for record in train_rl(model, trainer, config.rl(arm), generator(seed, "rl")):
         seconds["train_seconds"] += time.perf_counter() - clock
         step = record["step"]
         seen = {"tokens": record["tokens"], **microscope(before, model, probe.tokens, probe.state_mask)}
@@ -289,6 +301,17 @@ def train_arm(config, out, seed, arm, bar):
         bar.update()
         clock = time.perf_counter()
     return model
+
+
+class CoinFlips(Addition):
+    """The same prompts with rewards that mean nothing: the control for what RL does whatever the reward."""
+
+    def __init__(self, digits, generator):
+        super().__init__(digits)
+        self.generator = generator
+
+    def verify(self, prompt, response):
+        return float(torch.rand((), generator=self.generator) < 0.5)
 
 
 def load_policy(config, out, arm, seed):
@@ -315,13 +338,18 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     clock, step = time.perf_counter(), record["step"]
     prompts = config.final_prompts if step in (0, config.rl_steps) else config.eval_prompts
     measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
-    kernel = kernel_row(model, probe) if step in config.stage_ends else dict.fromkeys(KERNEL, math.nan)
+    measures |= dict.fromkeys(BEST_OF + KERNEL, math.nan)
+    if step in (0, config.rl_steps):
+        measures |= diversity(model, task, task.heldout_pairs[: config.eval_prompts], generator(seed, "diversity"))
+    if step in config.stage_ends:
+        measures |= kernel_row(model, probe)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
     training = {"batch_entropy" if name == "entropy" else name: value for name, value in record.items()}
-    append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **kernel, **seconds})
+    append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **seconds})
     return measures["accuracy"]
 
 
+BEST_OF = tuple(f"best_of_{2**i}" for i in range(7)) + ("different_answers",)
 KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine")
 KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
 
@@ -372,6 +400,19 @@ MICROSCOPE = (  # the rise in confidence, and its shares
 )
 
 
+DIVERSITY = tuple((f"pass@{name.removeprefix('best_of_')}", name, ".2f") for name in BEST_OF[:-1]) + (
+    ("answers in 64", "different_answers", ".1f"),
+)
+PAIRED = (  # differences from rl, seed by seed
+    ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
+    ("accuracy", "accuracy", "+.3f"),
+    ("entropy", "entropy", "+.3f"),
+    ("top-1, fixed states", "probe_confidence", "+.3f"),
+    ("pass@64", "best_of_64", "+.3f"),
+)
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
+
+
 def summarise(config, out):
     """{arm: {measure: [the last row's value, per seed], "curves": {measure: [[a value per row], per seed]}}}.
 
@@ -392,6 +433,13 @@ def summarise(config, out):
             reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
             if arm != "sft":
                 summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
+                free = config.rl(arm).classifier_steps
+                summary[arm]["full_updates_to_threshold"] = [
+                    n if n is None else max(0, n - free) for n in summary[arm]["updates_to_threshold"]
+                ]
+            summary[arm]["accuracy_over_the_run"] = [
+                statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
+            ]
             names = ("step", "accuracy", "entropy", "confidence", "share_S")
             summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
             names = ("step", "classifier_norm", *KERNEL)
@@ -401,7 +449,7 @@ def summarise(config, out):
 
 
 def cell(arm, name, form):
-    """The mean over seeds, with the standard deviation if there are several; in how many never, if in any."""
+    """The mean over seeds, with its 95% interval if there are several; in how many never, if in any."""
     if name == "shares":  # three means in one cell
         return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
     values = arm.get(name)
@@ -409,8 +457,11 @@ def cell(arm, name, form):
         return ""
     if None in values:
         return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
-    spread = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
+    n, text = len(values), f"{statistics.fmean(values):{form}}"
+    if n == 1:
+        return text
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
+    return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
 
 
 def table(summary, columns=COLUMNS):
@@ -429,6 +480,21 @@ def microscope_table(summary):
             pairs = zip(arm[part], arm["confidence_change"], strict=True)
             arm[part] = [value / total if total else math.nan for value, total in pairs]
     return table(arms, MICROSCOPE)
+
+
+def paired_table(summary):
+    """Each arm minus rl, seed by seed: the starting policy and the prompts, which differ between seeds, cancel."""
+    arms = {
+        name: arm for name, arm in summary.items() if name not in ("sft", "rl") and arm["seed"] == summary["rl"]["seed"]
+    }
+    names = [name for _, name, _ in PAIRED]
+    return table(
+        {
+            name: {m: [x - y for x, y in zip(arm[m], summary["rl"][m], strict=True)] for m in names}
+            for name, arm in arms.items()
+        },
+        PAIRED,
+    )
 
 
 def sparkline(curves, top):
@@ -494,6 +560,12 @@ def print_report(config, out, summary):
             print(f"  {arm:17} {sparkline(curves['accuracy'], 1)}  {sparkline(curves['entropy'], top)}")
     print("\nunder the microscope: top-1 probability on fixed states, each update split to first order")
     print_table(microscope_table(summary))
+    if config.seeds > 1:
+        print("\nwhat more samples buy: pass@k, and different answers, of 64 samples")
+        print_table(table(summary, DIVERSITY))
+    if config.seeds > 1 and "rl" in summary:
+        print("\nminus rl, seed by seed")
+        print_table(paired_table(summary))
     print("\nheld-out sums: the most likely response, judged by the verifier")
     task = Addition(config.digits)
     show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
@@ -520,6 +592,7 @@ def make_parser():
         add(f.name, text, type=type(f.default), default=f.default, metavar="X")
     workers = min(2, os.cpu_count() or 1)
     add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
+    add("experiment", f"other defaults: {', '.join(EXPERIMENTS)} (README)", choices=EXPERIMENTS, metavar="NAME")
     quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
     add("quick", f"about 10 seconds, too short to learn much: other defaults ({quick})", action="store_true")
     add("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
@@ -589,8 +662,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
-    if "--quick" in argv:
-        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    parser.set_defaults(**{**EXPERIMENTS.get(args.experiment, {}), **(QUICK if args.quick else {})})
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:

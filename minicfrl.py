@@ -354,7 +354,7 @@ def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Itera
         yield {"step": step, "loss": loss.item()}
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}  # names in torch.optim
 
 
 @dataclass(frozen=True)
@@ -407,7 +407,7 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
             groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}]
             if not classifier_only:
                 groups.append({"params": model.body.parameters(), "lr": config.lr})
-            optimizer = OPTIMIZERS[config.optimizer](groups)
+            optimizer = getattr(torch.optim, OPTIMIZERS[config.optimizer])(groups)
         with naming_the_step(step):
             record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
         yield {"step": step, "stage": stage, **record}

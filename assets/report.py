@@ -1,11 +1,12 @@
-"""Write the README's numbers and draw its figure from the results of a run: python assets/report.py [DIR]
+"""Write the README's numbers and draw its figures from the experiments' runs: python assets/report.py [DIR ...]
 
 Between the README's `report` marks nothing is typed by hand: this command writes it from assets/results.json, its own
-copy of DIR's configuration and summary, and a test checks that it would write the same again. Without DIR it works from
-the copy: after a change of the code, whose lines it counts.
+copy of the runs' configurations and summaries, and a test checks that it would write the same again. Without a DIR it
+works from the copy: after a change of the code, whose lines it counts.
 """
 
 import ast
+import dataclasses
 import json
 import re
 import statistics
@@ -21,24 +22,46 @@ import train_toy  # noqa: E402
 RESULTS = ROOT / "assets" / "results.json"
 
 
+# Okabe and Ito's: safe for the colour-blind.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+def plot_band(axes, xs, curves, label, style, colour):
+    """The mean over seeds of curves, one per seed, and a band from min to max."""
+    by_x = list(zip(*curves, strict=True))
+    axes.plot(xs, [statistics.fmean(ys) for ys in by_x], style, color=colour, label=label)
+    axes.fill_between(xs, *([f(ys) for ys in by_x] for f in (min, max)), color=colour, alpha=0.2, linewidth=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_curves(config, summary, path):
-    """Accuracy, entropy and the share of pattern S against updates: the mean over seeds, and a band from min to max."""
+    """Accuracy, entropy and the share of pattern S against updates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # Okabe and Ito's: safe for the colour-blind
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for colour, arm in zip(colours, (arm for arm in config.arm_list if arm in summary), strict=False):
+        for colour, arm in zip(COLOURS, (arm for arm in config.arm_list if arm in summary), strict=False):
             curves = summary[arm]["curves"]
-            by_step = list(zip(*curves[name], strict=True))
-            steps, means = curves["step"][0], [statistics.fmean(values) for values in by_step]
             style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
-            axes.plot(steps, means, style, color=colour, label=arm)
-            lows, highs = [min(values) for values in by_step], [max(values) for values in by_step]
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            plot_band(axes, curves["step"][0], curves[name], arm, style, colour)
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, None if name == "entropy" else 1))
-        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def plot_diversity(results, path):
+    """pass@k against k, before and after RL, for each starting policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (name, (_, summary)) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+        names = [name for _, name, _ in train_toy.DIVERSITY[:-1]]
+        for colour, arm in zip(("#000000", *COLOURS), ("sft", "rl", "cf-rl", "random-reward"), strict=False):
+            curves = list(zip(*(summary[arm][name] for name in names), strict=True))
+            plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
+        axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=name, ylim=(0, 1.02))
+        axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
 
@@ -94,22 +117,34 @@ FEATURE_COLUMNS = (
 )
 
 
-def sections(config, summary):
+FIGURE_ARMS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
+
+
+def sections(results):
     """{name of a report mark: what the README says there}."""
-    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in config.arm_list}
-    gains = [curve[-1] - curve[0] for arm in config.arm_list for curve in accuracy[arm]]
-    worst = max(falls(curve) for arm in config.arm_list for curve in accuracy[arm])
+    config, summary = results["confidence"]
+    rl = [arm for arm in config.arm_list if "random" not in arm]  # what learns the task
+    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
+    gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
+    worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
     count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")}
-    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in config.arm_list)
+    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
+    paired, learning = train_toy.paired_table, results["learning"]
     return {
         "size": f"It is {sum(count.values())} lines of code in four files, comments, docstrings and blanks aside.",
         "table": markdown(*train_toy.table(summary)),
         "microscope": markdown(*train_toy.microscope_table(summary)),
+        "diversity": markdown(*train_toy.table(summary, train_toy.DIVERSITY)),
+        "paired": markdown(*paired(summary)),
+        "learning": markdown(*train_toy.table(learning[1])),
+        "learning paired": markdown(*paired(learning[1])),
+        "learning microscope": markdown(*train_toy.microscope_table(learning[1])),
+        "learning diversity": markdown(*train_toy.table(learning[1], train_toy.DIVERSITY)),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
         "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),
         "spread": textwrap.fill(
-            f"Over the {config.seeds} seeds and all arms the accuracy rises by {min(gains):.2f} to "
+            f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "
             f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
             f"Updates to {config.threshold:g}, seed by seed: {updates}.",
             118,
@@ -129,24 +164,31 @@ def rewrite(readme, texts):
 
 
 def load_results():
+    """{experiment: (its Config, its summary)}"""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return train_toy.Config(**results["config"]), results["summary"]
+    return {name: (train_toy.Config(**run["config"]), run["summary"]) for name, run in results.items()}
 
 
 def main():
     import matplotlib  # noqa: F401  fails before anything is written
 
-    if len(sys.argv) == 2:
-        out = Path(sys.argv[1])
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    experiments = {train_toy.Config(**flags): name for name, flags in train_toy.EXPERIMENTS.items()}
+    for out in map(Path, sys.argv[1:]):
         if not (out / "summary.json").exists():
             sys.exit(f"{out} is not the folder of a finished run")
-        record, _ = train_toy.read_config(out)
+        record, config = train_toy.read_config(out)
+        if config not in experiments:
+            sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        train_toy.write_text(RESULTS, json.dumps(record) + "\n")
-    config, summary = load_results()
-    plot_curves(config, summary, ROOT / "assets" / "curves.png")
+        stored[experiments[config]] = record
+    train_toy.write_text(RESULTS, json.dumps(stored) + "\n")
+    results = load_results()
+    config, summary = results["confidence"]
+    plot_curves(dataclasses.replace(config, arms=FIGURE_ARMS), summary, ROOT / "assets" / "curves.png")
+    plot_diversity(results, ROOT / "assets" / "diversity.png")
     readme = ROOT / "README.md"
-    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(config, summary)))
+    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(results)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: what a run leaves behind, that it repeats to the byte, and that bad input ends in one sentence."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -147,27 +148,68 @@ def test_the_microscope_s_shares_are_those_of_each_seed():
     arm |= {"confidence_by_body": [0.1, 0.0], "confidence_residual": [0.0, 0.0]}
     heading, row = train_toy.microscope_table({"sft": {}, "rl": arm})
     assert heading == ["arm", "top-1 rises by", "through W", "through the body", "beyond first order"]
-    assert row == ["rl", "0.150 ±0.071", "75% ±35%", "25% ±35%", "0% ±0%"]
+    assert row == ["rl", "0.150 ±0.635", "75% ±318%", "25% ±318%", "0% ±0%"]
 
 
 def test_the_arms_are_what_the_readme_says():
     config = train_toy.Config(rl_steps=50, classifier_steps=7, lr=1e-3, classifier_lr=1e-2)
     arms = {arm: config.rl(arm) for arm in train_toy.ARMS}
-    settings = {arm: (c.classifier_steps, c.lr, c.classifier_lr, c.freeze_body) for arm, c in arms.items()}
+    settings = {arm: (c.classifier_steps, c.lr, c.classifier_lr, c.freeze_body, c.optimizer) for arm, c in arms.items()}
     assert settings == {
-        "rl": (0, 1e-3, 1e-2, True),
-        "cf-rl": (7, 1e-3, 1e-2, True),
-        "rl-classifier-lr": (7, 1e-3, 1e-2, False),
-        "cf-rl-same-lr": (7, 1e-3, 1e-3, True),
-        "classifier-only": (50, 1e-3, 1e-2, True),
+        "rl": (0, 1e-3, 1e-2, True, "adam"),
+        "cf-rl": (7, 1e-3, 1e-2, True, "adam"),
+        "rl-classifier-lr": (7, 1e-3, 1e-2, False, "adam"),
+        "cf-rl-same-lr": (7, 1e-3, 1e-3, True, "adam"),
+        "classifier-only": (50, 1e-3, 1e-2, True, "adam"),
+        "rl-sgd": (0, config.sgd_lr, 1e-2, True, "sgd"),
+        "random-reward": (0, 1e-3, 1e-2, True, "adam"),
+        "random-reward-sgd": (0, config.sgd_lr, 1e-2, True, "sgd"),
     }
+
+
+def test_random_rewards_are_fair_coins_whatever_the_response():
+    """1,000 flips for a right answer and a wrong one: within 5 standard errors of 1/2, and a seed repeats them."""
+    flips = {}
+    for response in ("S0714;147", "D047"):
+        coins = [train_toy.CoinFlips(2, generator(0)) for _ in range(2)]
+        flips[response], again = ([coin.verify("93+54=", response) for _ in range(1000)] for coin in coins)
+        assert flips[response] == again and abs(sum(again) / 1000 - 0.5) < 5 * 0.5 / 1000**0.5
+    assert flips["S0714;147"] == flips["D047"]
+
+
+def test_random_reward_arms_learn_from_coins_and_are_evaluated_on_the_truth(tmp_path):
+    assert run(tmp_path / "coins", "--arms", "random-reward-sgd", "--sgd-lr", "0") == 0
+    rows = rows_of(tmp_path / "coins")
+    assert all(0.2 < float(row["reward"]) < 0.8 for row in rows[:-1])  # 32 flips: 3 standard errors are 0.27
+    assert rows[1]["accuracy"] == rows[2]["accuracy"]  # nothing moved, so the last evaluation is the first again
+
+
+@pytest.mark.parametrize("name", train_toy.EXPERIMENTS)
+def test_an_experiment_is_other_defaults_that_flags_override(name, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train_toy, "run", lambda config, out, workers: seen.append(config) or [])
+    for flags in ([], ["--seeds", "2"]):
+        assert train_toy.main(["--experiment", name, *flags]) == 0
+    assert seen[0] == train_toy.Config(**train_toy.EXPERIMENTS[name])
+    assert seen[1] == dataclasses.replace(seen[0], seeds=2)
+
+
+def test_intervals_are_student_s_and_differences_are_paired_by_seed():
+    """Three values 1, 2, 3: the mean's standard error is 1/sqrt(3), Student's t with 2 degrees of freedom 4.30."""
+    assert train_toy.cell({"x": [1.0, 2.0, 3.0]}, "x", ".2f") == "2.00 ±2.48"
+    assert train_toy.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.098"  # 1.96 x 0.5025 / 10
+    names = [name for _, name, _ in train_toy.PAIRED]
+    summary = {"sft": {}, "rl": {"seed": [0, 1]} | dict.fromkeys(names, [1.0, 5.0])}
+    summary |= {"cf-rl": {"seed": [0, 1]} | dict.fromkeys(names, [2.0, 6.0]), "kl": {"seed": [0]}}
+    heading, row = train_toy.paired_table(summary)
+    assert row == ["cf-rl"] + ["+1.000 ±0.000"] * 5 and len(heading) == 6
 
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):
     """Made-up rows: seed 0 crosses 0.9 at update 8, exactly; seed 1 stopped early."""
-    config = train_toy.Config(seeds=2, arms="rl")
+    config = train_toy.Config(seeds=2, arms="rl,cf-rl", classifier_steps=5)
     (tmp_path / "parts").mkdir()
-    for arm, steps in (("sft", [0]), ("rl", [4, 8, 12])):
+    for arm, steps in (("sft", [0]), ("rl", [4, 8, 12]), ("cf-rl", [4, 8, 12])):
         train_toy.policy_file(tmp_path, arm, 0).write_bytes(b"")
         for step in steps:
             row = {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
@@ -176,7 +218,9 @@ def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(
     summary = train_toy.summarise(config, tmp_path)
     assert summary["rl"]["updates_to_threshold"] == [8, None]
     assert summary["rl"]["accuracy"] == [0.95] and summary["rl"]["curves"]["step"] == [[0, 4, 8, 12]]
-    assert train_toy.cell({"x": [1.0, 2.0, 3.0]}, "x", ".1f") == "2.0 ±1.0"  # the sample's standard deviation
+    assert summary["rl"]["full_updates_to_threshold"] == [8, None]
+    assert summary["cf-rl"]["full_updates_to_threshold"] == [3, None]  # stage 1 for free
+    assert summary["rl"]["accuracy_over_the_run"] == [pytest.approx((0.5 + 0.9 + 0.95) / 3)]
 
 
 def test_every_arm_sees_the_same_prompts_and_starts_from_the_same_policy(tmp_path):
@@ -259,6 +303,7 @@ def test_plot_draws_a_picture(finished, tmp_path):
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),
         (["--plot"], "--plot needs --out DIR to draw in"),
+        (["--experiment", "alchemy"], "argument --experiment: invalid choice: 'alchemy'"),
         (["--qui"], "unrecognized arguments: --qui"),
     ],
 )

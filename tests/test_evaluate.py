@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, generator, seeds, tiny_gpt
 
-from minicfrl import confidence, entropy, evaluate, make_probe, pass_at_k, rollout
+from minicfrl import confidence, diversity, entropy, evaluate, make_probe, pass_at_k, rollout
 
 
 @given(n=st.integers(1, 12), data=st.data())
@@ -81,6 +81,19 @@ def test_an_evaluation_reports_what_its_samples_show(seed):
     assert row["share_a"] == pytest.approx(first[2].item()) and row["share_b"] == pytest.approx(first[3].item())
     assert row["classifier_norm"] == pytest.approx(model.classifier.weight.square().sum().sqrt().item())
     assert row["feature_change"] == 0
+
+
+@given(seed=seeds)
+def test_diversity_counts_what_many_samples_hold(seed):
+    """Recomputed from the rollouts that the same generator gives: pass@k at powers of 2, answers over all samples."""
+    task, model, draws = TinyTask({"a": 1.0, "": 1.0}), tiny_gpt(seed, 5, 3), generator(seed)
+    row = diversity(model, task, task.heldout_pairs, generator(seed), samples=5)
+    batches = [rollout(model, task, [prompt], 5, draws) for prompt in "01"]
+    assert list(row) == ["best_of_1", "best_of_2", "best_of_4", "different_answers"]
+    for k in (1, 2, 4):
+        expected = sum(pass_at_k(5, int(batch.rewards.sum()), k) for batch in batches) / 2
+        assert row[f"best_of_{k}"] == pytest.approx(expected)
+    assert row["different_answers"] == sum(len(set(batch.responses)) for batch in batches) / 2
 
 
 @given(seed=seeds, size=st.sampled_from([0.5, 2.0]))

@@ -160,10 +160,8 @@ def test_the_control_shares_learning_rates_and_restarts_with_cf_rl(monkeypatch):
 
 @given(seed=seeds)
 def test_an_update_follows_the_gradient_of_the_whole_batch(seed):
-    """Rows without advantage are not scored again, but they count as tokens: one SGD-like step rebuilt from all rows.
-
-    Adam's first step is lr g / (|g| + eps): only signs survive, so compare the gradient norm, which sees sizes."""
-    model, config = policy(seed), dataclasses.replace(FAST, steps=1, prompts=4, samples=2)
+    """Rows without advantage are not scored again, but they count as tokens: one SGD step, rebuilt from all rows."""
+    model, config = policy(seed), dataclasses.replace(FAST, steps=1, prompts=4, samples=2, optimizer="sgd", lr=0.1)
     task, draws = TinyTask(REWARDS), generator(seed)
     start = copy.deepcopy(model)
     (record,) = train_rl(model, task, config, draws)
@@ -172,7 +170,10 @@ def test_an_update_follows_the_gradient_of_the_whole_batch(seed):
     batch = rollout(start, task, [task.prompt(a, b) for a, b in pairs], 2, draws)
     advantages = group_advantages(batch.rewards).flatten()
     loss = policy_gradient_loss(sequence_logp(start, batch.tokens), advantages, batch.mask[:, 1:])
-    norm = gradients(start, loss).norm().item()
+    gradient = gradients(start, loss)
+    old, new = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (start, model))
+    torch.testing.assert_close(new, old - 0.1 * gradient, rtol=0, atol=100 * ROUNDING)
+    norm = gradient.norm().item()
     assert abs(record["gradient_norm"] - norm) < 1e-9 * max(norm, 1.0)
     assert record["reward"] == pytest.approx(batch.rewards.mean().item())
     assert record["flat"] == pytest.approx((advantages == 0).double().mean().item())
@@ -318,6 +319,7 @@ def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
         (dict(classifier_steps=1.5), "classifier_steps=1.5 is not between 0 and steps=3"),
         (dict(classifier_steps=-1), "classifier_steps=-1 is not between 0 and steps=3"),
         (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
+        (dict(optimizer="lion"), "optimizer must be one of adam, sgd, not 'lion'"),
         (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
         (dict(lr=-1.0), "lr must be finite and not negative, not -1.0"),
         (dict(kl=float("nan")), "kl must be finite and not negative, not nan"),

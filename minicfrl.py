@@ -304,22 +304,32 @@ def _descend(optimizer):
     return norm
 
 
+def _check_stages(config):
+    if type(config.classifier_steps) is not int or not 0 <= config.classifier_steps <= config.steps:
+        raise ValueError(f"classifier_steps={config.classifier_steps!r} is not between 0 and steps={config.steps}")
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning, which makes the starting policy. ValueError for unusable values."""
 
-    steps: int = 1000  # updates
+    steps: int = 1000  # updates, those of linear probing included
+    classifier_steps: int = 0  # updates of linear probing: the classifier alone, before everything (LP-FT)
     rows: int = 48  # demonstrations per update
     lr: float = 3e-3  # Adam's, after a warm-up of 20 updates, falling linearly to 0
+    classifier_lr: float = 8e-3  # the same in linear probing
     noise: float = 0.1  # probability that a column of S is demonstrated wrong
     mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: D, S, G
 
     def __post_init__(self):
         check_counts(steps=self.steps, rows=self.rows)
+        _check_stages(self)
         if len(self.mixture) != len(Addition.patterns):
             raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
         if not (
-            0 <= self.lr < math.inf and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
+            0 <= min(self.lr, self.classifier_lr) < math.inf
+            and 0 <= self.noise <= 1
+            and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
         ):
             raise ValueError(f"lr={self.lr}, noise={self.noise} or mixture={self.mixture} is out of range")
 
@@ -340,18 +350,21 @@ def _demonstrations(task, config, generator):
 
 
 def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Iterator[dict]:
-    """Fit the policy to demonstrations: (E3) with every advantage 1. Yields {"step", "loss"} after each update."""
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    """Fit the policy to demonstrations: (E3) with every advantage 1. Yields step, stage and loss after each update."""
     for step in range(1, config.steps + 1):
+        stage = 1 if step <= config.classifier_steps else 2
+        if step in (1, config.classifier_steps + 1):
+            trained, lr = (model.classifier, config.classifier_lr) if stage == 1 else (model, config.lr)
+            optimizer = torch.optim.Adam(trained.parameters(), betas=(0.9, 0.98))
         tokens, mask = _demonstrations(task, config, generator)
-        optimizer.param_groups[0]["lr"] = config.lr * min(step / 20, 1 - (step - 1) / config.steps)
+        optimizer.param_groups[0]["lr"] = lr * min(step / 20, 1 - (step - 1) / config.steps)
         optimizer.zero_grad()
         loss = policy_gradient_loss(sequence_logp(model, tokens), torch.ones(config.rows), mask[:, 1:])
         loss.backward()
         with naming_the_step(step):
             _require_finite("loss", loss.item())
             _descend(optimizer)
-        yield {"step": step, "loss": loss.item()}
+        yield {"step": step, "stage": stage, "loss": loss.item()}
 
 
 OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}  # names in torch.optim
@@ -368,17 +381,18 @@ class RLConfig:
     optimizer: str = "adam"  # or sgd
     lr: float = 4e-4  # the optimiser's
     classifier_lr: float = 8e-3  # the same for W in stage 1
-    freeze_body: bool = True  # in stage 1; False is the matched control, which differs in nothing else
+    stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
     baseline: str = "std"  # the kind of group_advantages
     kl: float = 0.0  # lambda of (E6), per nat
 
     def __post_init__(self):
         check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
-        if type(self.classifier_steps) is not int or not 0 <= self.classifier_steps <= self.steps:
-            raise ValueError(f"classifier_steps={self.classifier_steps!r} is not between 0 and steps={self.steps}")
+        _check_stages(self)
         for name in ("lr", "classifier_lr", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+        if self.stage_1 not in ("classifier", "body", "all"):
+            raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.baseline not in BASELINES:
@@ -391,7 +405,7 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
     """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
 
     Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
-    classifier_steps = 0 there is nothing else. With freeze_body=False both stages train everything at the same learning
+    classifier_steps = 0 there is nothing else. With stage_1="all" both stages train everything at the same learning
     rates and with the same restart: the control that tells the freezing from the classifier's learning rate.
 
     Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
@@ -401,15 +415,15 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
     reference = copy.deepcopy(model) if config.kl else None
     for step in range(1, config.steps + 1):
         stage = 1 if step <= config.classifier_steps else 2
-        classifier_only = stage == 1 and config.freeze_body
+        trained = config.stage_1 if stage == 1 else "all"
         if step in (1, config.classifier_steps + 1):  # (E5)
             classifier_lr = config.classifier_lr if stage == 1 else config.lr
-            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}]
-            if not classifier_only:
+            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}] if trained != "body" else []
+            if trained != "classifier":
                 groups.append({"params": model.body.parameters(), "lr": config.lr})
             optimizer = getattr(torch.optim, OPTIMIZERS[config.optimizer])(groups)
         with naming_the_step(step):
-            record = _rl_update(model, task, config, optimizer, classifier_only, reference, generator)
+            record = _rl_update(model, task, config, optimizer, trained == "classifier", reference, generator)
         yield {"step": step, "stage": stage, **record}
 
 
@@ -489,6 +503,7 @@ class Probe:
     """States that are followed through training: those of responses of one fixed policy, the start."""
 
     tokens: Tensor  # (B, T)
+    advantages: Tensor  # (B,), of the responses, compared with each other
     state_mask: Tensor  # (B, T) bool, N states
     start: GPT  # a copy of the policy that wrote them
 
@@ -497,7 +512,8 @@ class Probe:
 def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
     """The states of one sampled response to each operand pair of `pairs` (B, 2)."""
     batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], 1, generator)
-    return Probe(batch.tokens, batch.state_mask, copy.deepcopy(model))
+    advantages = group_advantages(batch.rewards.T, "mean")[0]  # (B,)
+    return Probe(batch.tokens, advantages, batch.state_mask, copy.deepcopy(model))
 
 
 @torch.no_grad()

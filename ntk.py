@@ -335,6 +335,10 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
     For entropy (nats) and confidence (top-1 probability), as means over the states: NAME_change, as measured; NAME_by_W
     and NAME_by_body, what the representation and the gradient component predict to first order (E8, E9); NAME_residual,
     the rest, which is beyond first order. Whatever made the update: SGD, Adam, one stage or the other.
+
+    Also agreement_prompt and agreement_continuation: the cosine between the representation part and the whole predicted
+    change of the logits, less their means over the vocabulary, which no probability sees; averaged over the first
+    selected state of each row (the end of the prompt), and over the others.
     """
     update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
     parts = logit_change(before, tokens, mask, update)  # (N, V) twice
@@ -345,4 +349,10 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
         by_W, by_body = (predict(logits, part).mean().item() for part in parts)
         row |= {f"{name}_change": change, f"{name}_by_W": by_W, f"{name}_by_body": by_body}
         row[f"{name}_residual"] = change - by_W - by_body
-    return row
+    R, both = (part - part.mean(dim=1, keepdim=True) for part in (parts[0], sum(parts)))
+    cosine = F.cosine_similarity(R, both, dim=1)  # (N,)
+    first = (mask.cumsum(dim=1) == 1)[mask]
+    return row | {
+        "agreement_prompt": cosine[first].mean().item(),
+        "agreement_continuation": cosine[~first].mean().item(),
+    }

@@ -46,22 +46,29 @@ from minicfrl import (
 from model import GPT, GPTConfig, check_counts
 from ntk import empirical_ntk, microscope
 
-# An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's. Those named
-# random-reward learn from coin flips.
+# An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's. What else
+# the last ones do is in `updates`.
 ARMS = {
     "rl": lambda config: {"classifier_steps": 0},
     "cf-rl": lambda config: {},
-    "rl-classifier-lr": lambda config: {"freeze_body": False},  # the matched control
+    "rl-classifier-lr": lambda config: {"stage_1": "all"},  # the matched control
     "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
     "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
     "rl-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
+    "body-first": lambda config: {"stage_1": "body"},
     "random-reward": lambda config: {"classifier_steps": 0},
     "random-reward-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
+    "random-w": lambda config: {"classifier_steps": 0},
+    "ft": lambda config: {"classifier_steps": 0},
+    "lp-ft": lambda config: {},
 }
+CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only,rl-sgd,random-reward,random-reward-sgd"
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
-    "confidence": dict(seeds=5, arms=",".join(ARMS)),
-    "learning": dict(seeds=5, arms=",".join(ARMS), sft_steps=300, rl_steps=160),
+    "confidence": dict(seeds=5, arms=CONTROLS),
+    "learning": dict(seeds=5, arms=CONTROLS, sft_steps=300, rl_steps=160),
+    "classifier": dict(seeds=5, arms="rl,cf-rl,rl-classifier-lr,body-first,random-w", sft_steps=300),
+    "lp-ft": dict(seeds=5, arms="rl,cf-rl,ft,lp-ft", sft_steps=300),
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -271,10 +278,9 @@ def train_start(config, out, seed, bar):
     for record in supervised_finetune(model, task, SFTConfig(steps=config.sft_steps), generator(seed, "sft")):
         bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
         bar.update()
-    record = dict(step=0, stage=0, reward=math.nan, entropy=math.nan, flat=math.nan, gradient_norm=math.nan)
     seconds = {"train_seconds": time.perf_counter() - clock}
     probe = start_probe(config, task, model, seed)
-    log_row(config, out, seed, "sft", {**record, **NOTHING_YET}, task, model, probe, seconds)
+    log_row(config, out, seed, "sft", {**NO_UPDATE, **NOTHING_YET}, task, model, probe, seconds)
     return model
 
 
@@ -283,14 +289,13 @@ def train_arm(config, out, seed, arm, bar):
     task, model = load_policy(config, out, "sft", seed)
     probe, before = start_probe(config, task, model, seed), copy.deepcopy(model)
     seconds, so_far, accuracy = {"train_seconds": 0.0}, NOTHING_YET, math.nan
-    trainer = CoinFlips(config.digits, generator(seed, "coins")) if arm.startswith("random-reward") else task
     bar.reset(total=config.rl_steps)
     clock = time.perf_counter()
-    for record in train_rl(model, trainer, config.rl(arm), generator(seed, "rl")):
+    for record in updates(config, seed, arm, task, model):
         seconds["train_seconds"] += time.perf_counter() - clock
         step = record["step"]
         seen = {"tokens": record["tokens"], **microscope(before, model, probe.tokens, probe.state_mask)}
-        so_far = {name: so_far[name] + seen[name] for name in so_far}
+        so_far = {**seen, **{name: so_far[name] + seen[name] for name in NOTHING_YET}}
         before.load_state_dict(model.state_dict())
         if step % config.eval_every == 0 or step in config.stage_ends:
             with naming_the_step(step):
@@ -301,6 +306,28 @@ def train_arm(config, out, seed, arm, bar):
         bar.update()
         clock = time.perf_counter()
     return model
+
+
+def updates(config, seed, arm, task, model):
+    """Train `model` as the arm does: a generator of records, one per update, like train_rl's."""
+    draws = generator(seed, "rl")
+    if arm in ("ft", "lp-ft"):  # demonstrations of S without noise, in place of rewards
+        steps = config.rl(arm).classifier_steps
+        sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
+        for record in supervised_finetune(model, task, SFTConfig(config.rl_steps, steps, **sft), draws):
+            yield {**NO_UPDATE, "step": record["step"], "stage": record["stage"]}
+        return
+    if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
+        twin = copy.deepcopy(model)
+        stage_1 = replace(config.rl("cf-rl"), steps=max(1, config.classifier_steps))
+        list(train_rl(twin, task, stage_1, generator(seed, "rl")))
+        direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
+        with torch.no_grad():
+            distance = (twin.classifier.weight - model.classifier.weight).norm()
+            model.classifier.weight += direction * distance / direction.norm()
+    if arm.startswith("random-reward"):
+        task = CoinFlips(config.digits, generator(seed, "coins"))
+    yield from train_rl(model, task, config.rl(arm), draws)
 
 
 class CoinFlips(Addition):
@@ -325,7 +352,9 @@ def start_probe(config, task, model, seed):
     return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], generator(seed, "probe"))
 
 
-# Columns that add up over the updates, as far as a run has got.
+# The columns of an update that there is none of; those of them that add up; the others.
+NO_UPDATE = dict(step=0, stage=0, tokens=0) | dict.fromkeys(("reward", "entropy", "flat", "gradient_norm"), math.nan)
+NO_UPDATE |= dict.fromkeys(("agreement_prompt", "agreement_continuation"), math.nan)
 NOTHING_YET = {"tokens": 0} | {
     f"{measure}_{part}": 0.0
     for measure in ("entropy", "confidence")
@@ -350,7 +379,7 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
 
 
 BEST_OF = tuple(f"best_of_{2**i}" for i in range(7)) + ("different_answers",)
-KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine")
+KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
 KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
 
 
@@ -366,6 +395,12 @@ def kernel_row(model, probe):
     R = now.representation.norm() * math.sqrt(now.gradient.size(1))  # times the norm of I_V
     row = [R, now.gradient.norm(), by_W.gradient.norm() / old.gradient.norm()]
     row.append(F.cosine_similarity(by_W.gradient.flatten(), old.gradient.flatten(), dim=0))
+    i, t = chosen.nonzero(as_tuple=True)
+    g = -model(probe.tokens)[chosen].softmax(dim=1)
+    g[torch.arange(len(g)), probe.tokens[i, t + 1]] += 1
+    g *= probe.advantages[i, None]  # (N, V), the residuals A (e_y - pi) of the probe's own responses
+    pushed = torch.einsum("nv,nvmw,mw->", g, now.gradient, g)
+    row.append(pushed / (g.square().sum() * now.gradient.norm()).clamp(min=1e-30))
     first = probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)  # in each row the end of the prompt
     for kind in (first, probe.state_mask & ~first):
         features = model.features(probe.tokens)[kind]
@@ -410,6 +445,7 @@ PAIRED = (  # differences from rl, seed by seed
     ("top-1, fixed states", "probe_confidence", "+.3f"),
     ("pass@64", "best_of_64", "+.3f"),
 )
+CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
 
 
@@ -440,9 +476,8 @@ def summarise(config, out):
             summary[arm]["accuracy_over_the_run"] = [
                 statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
             ]
-            names = ("step", "accuracy", "entropy", "confidence", "share_S")
-            summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in names}
-            names = ("step", "classifier_norm", *KERNEL)
+            summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in CURVES}
+            names = ("step", "accuracy", "classifier_norm", "feature_change", *KERNEL)
             ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
             summary[arm]["stages"] = {name: [[row[name] for row in rows] for rows in ends] for name in names}
     return summary

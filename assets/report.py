@@ -55,12 +55,13 @@ def plot_diversity(results, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (name, (_, summary)) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+    for axes, experiment in zip(figure.subplots(1, 2), ("confidence", "learning"), strict=True):
+        _, summary = results[experiment]
         names = [name for _, name, _ in train_toy.DIVERSITY[:-1]]
         for colour, arm in zip(("#000000", *COLOURS), ("sft", "rl", "cf-rl", "random-reward"), strict=False):
             curves = list(zip(*(summary[arm][name] for name in names), strict=True))
             plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
-        axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=name, ylim=(0, 1.02))
+        axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
         axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
@@ -84,6 +85,54 @@ def falls(curve):
 
 def markdown(heading, *rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + ["---:"] * (len(heading) - 1), *rows))
+
+
+def over_seeds(values, form):
+    return train_toy.cell({"values": values}, "values", form)
+
+
+def at(summary, arm, name, step, rows="stages"):
+    """A measure after an update, seed by seed."""
+    return [
+        values[steps.index(step)]
+        for values, steps in zip(summary[arm][rows][name], summary[arm][rows]["step"], strict=True)
+    ]
+
+
+def agreement_table(summary, arms):
+    """How far the representation part alone points where the whole update does, averaged over the logged updates."""
+    rows = [["arm", "at the end of prompts", "within responses"]]
+    for arm in arms:
+        curves = [summary[arm]["curves"][f"agreement_{where}"] for where in ("prompt", "continuation")]
+        rows.append([arm] + [over_seeds([statistics.fmean(seed[1:]) for seed in curve], ".2f") for curve in curves])
+    return markdown(*rows)
+
+
+def classifier_table(config, summary):
+    """What became of G by the end of stage 1, and how fast the accuracy rose."""
+    end = config.classifier_steps
+    steps = (end, 2 * end, config.rl_steps)
+    rows = [["arm", "G through W, start = 1", "its cosine", "alignment, start", f"update {end}"]]
+    rows[0] += [f"accuracy, update {step}" for step in steps]
+    for arm in config.arm_list:
+        rows.append(
+            [arm] + [over_seeds(at(summary, arm, f"kernel_G_{name}", end), ".2f") for name in ("by_W", "cosine")]
+        )
+        rows[-1] += [over_seeds(at(summary, arm, "kernel_G_alignment", step), ".3f") for step in (0, end)]
+        rows[-1] += [over_seeds(at(summary, arm, "accuracy", step, "curves"), ".2f") for step in steps]
+    return markdown(*rows)
+
+
+def lp_ft_table(config, summary):
+    """Norm of W and change of the features through supervised and reinforcement learning, in one stage and in two."""
+    end, last = config.classifier_steps, config.rl_steps
+    rows = [["arm", "norm of W, start", f"update {end}", f"update {last}"]]
+    rows[0] += [f"feature change, update {end}", f"update {last}", "accuracy"]
+    for arm in config.arm_list:
+        rows.append([arm] + [over_seeds(at(summary, arm, "classifier_norm", step), ".2f") for step in (0, end, last)])
+        rows[-1] += [over_seeds(at(summary, arm, "feature_change", step), ".2f") for step in (end, last)]
+        rows[-1].append(over_seeds(summary[arm]["accuracy"], ".2f"))
+    return markdown(*rows)
 
 
 def stage_table(config, summary, columns, arms):
@@ -140,6 +189,9 @@ def sections(results):
         "learning paired": markdown(*paired(learning[1])),
         "learning microscope": markdown(*train_toy.microscope_table(learning[1])),
         "learning diversity": markdown(*train_toy.table(learning[1], train_toy.DIVERSITY)),
+        "agreement": agreement_table(summary, rl),
+        "classifier": classifier_table(*results["classifier"]),
+        "lp-ft": lp_ft_table(*results["lp-ft"]),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
         "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),

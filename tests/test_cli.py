@@ -116,6 +116,9 @@ def test_the_kernel_s_columns_are_what_the_readme_says():
     """Computed once more from the definitions, for a policy whose W and body both moved."""
     task, start = train_toy.Addition(1), tiny_gpt(0, vocab_size=17, block_size=11)
     probe = make_probe(start, task, task.heldout_pairs[:3], generator(0))
+    probe = dataclasses.replace(
+        probe, advantages=torch.tensor([0.5, -0.25, -0.25])
+    )  # an untrained policy is never right
     model = tiny_gpt(1, vocab_size=17, block_size=11)
     row = train_toy.kernel_row(model, probe)
 
@@ -129,6 +132,13 @@ def test_the_kernel_s_columns_are_what_the_readme_says():
     assert row["kernel_G"] == pytest.approx(K.gradient.norm().item())
     assert row["kernel_G_by_W"] == pytest.approx((G.norm() / G0.norm()).item())
     assert row["kernel_G_cosine"] == pytest.approx(((G * G0).sum() / G.norm() / G0.norm()).item())
+
+    i, t = mask.nonzero(as_tuple=True)
+    residuals = torch.eye(17)[probe.tokens[i, t + 1]] - model(probe.tokens)[mask].softmax(dim=1).detach()
+    g = (probe.advantages[i, None] * residuals).flatten()
+    G = K.gradient.reshape(len(g), len(g))
+    expected = g @ G @ g / (g @ g) / G.norm() if g.any() else torch.tensor(0.0)
+    assert row["kernel_G_alignment"] == pytest.approx(expected.item())
 
     features = model.features(probe.tokens)
     kinds = {"prompt": features[:, 3], "continuation": [x for i, j in states if j > 3 for x in features[i, j][None]]}
@@ -154,16 +164,20 @@ def test_the_microscope_s_shares_are_those_of_each_seed():
 def test_the_arms_are_what_the_readme_says():
     config = train_toy.Config(rl_steps=50, classifier_steps=7, lr=1e-3, classifier_lr=1e-2)
     arms = {arm: config.rl(arm) for arm in train_toy.ARMS}
-    settings = {arm: (c.classifier_steps, c.lr, c.classifier_lr, c.freeze_body, c.optimizer) for arm, c in arms.items()}
+    settings = {arm: (c.classifier_steps, c.lr, c.classifier_lr, c.stage_1, c.optimizer) for arm, c in arms.items()}
     assert settings == {
-        "rl": (0, 1e-3, 1e-2, True, "adam"),
-        "cf-rl": (7, 1e-3, 1e-2, True, "adam"),
-        "rl-classifier-lr": (7, 1e-3, 1e-2, False, "adam"),
-        "cf-rl-same-lr": (7, 1e-3, 1e-3, True, "adam"),
-        "classifier-only": (50, 1e-3, 1e-2, True, "adam"),
-        "rl-sgd": (0, config.sgd_lr, 1e-2, True, "sgd"),
-        "random-reward": (0, 1e-3, 1e-2, True, "adam"),
-        "random-reward-sgd": (0, config.sgd_lr, 1e-2, True, "sgd"),
+        "rl": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "cf-rl": (7, 1e-3, 1e-2, "classifier", "adam"),
+        "rl-classifier-lr": (7, 1e-3, 1e-2, "all", "adam"),
+        "cf-rl-same-lr": (7, 1e-3, 1e-3, "classifier", "adam"),
+        "classifier-only": (50, 1e-3, 1e-2, "classifier", "adam"),
+        "rl-sgd": (0, config.sgd_lr, 1e-2, "classifier", "sgd"),
+        "body-first": (7, 1e-3, 1e-2, "body", "adam"),
+        "random-reward": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "random-reward-sgd": (0, config.sgd_lr, 1e-2, "classifier", "sgd"),
+        "random-w": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "ft": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "lp-ft": (7, 1e-3, 1e-2, "classifier", "adam"),
     }
 
 
@@ -182,6 +196,24 @@ def test_random_reward_arms_learn_from_coins_and_are_evaluated_on_the_truth(tmp_
     rows = rows_of(tmp_path / "coins")
     assert all(0.2 < float(row["reward"]) < 0.8 for row in rows[:-1])  # 32 flips: 3 standard errors are 0.27
     assert rows[1]["accuracy"] == rows[2]["accuracy"]  # nothing moved, so the last evaluation is the first again
+
+
+def test_random_w_starts_where_stage_1_would_end_but_for_the_direction(tmp_path):
+    """With a learning rate of 0 after stage 1 both end where they were moved to, equally far from the start."""
+    run(tmp_path / "nudge", "--arms", "cf-rl,random-w", "--lr", "0")
+    W = {
+        arm: torch.load(tmp_path / "nudge" / f"{arm}-seed0.pt")["classifier.weight"]
+        for arm in ("sft", "cf-rl", "random-w")
+    }
+    stage_1, nudge = W["cf-rl"] - W["sft"], W["random-w"] - W["sft"]
+    assert nudge.norm().item() == pytest.approx(stage_1.norm().item()) and stage_1.any()
+    assert abs((nudge * stage_1).sum()) < 0.5 * nudge.norm() * stage_1.norm()
+
+
+def test_linear_probing_moves_no_feature_and_fine_tuning_does(tmp_path):
+    run(tmp_path / "lp", "--arms", "ft,lp-ft")
+    change = {(row["arm"], row["step"]): float(row["feature_change"]) for row in rows_of(tmp_path / "lp")}
+    assert change["lp-ft", "2"] == 0 < change["ft", "2"] and change["lp-ft", "4"] > 0
 
 
 @pytest.mark.parametrize("name", train_toy.EXPERIMENTS)
@@ -212,8 +244,8 @@ def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(
     for arm, steps in (("sft", [0]), ("rl", [4, 8, 12]), ("cf-rl", [4, 8, 12])):
         train_toy.policy_file(tmp_path, arm, 0).write_bytes(b"")
         for step in steps:
-            row = {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
-            row |= dict.fromkeys(("entropy", "confidence", "share_S", "classifier_norm", *train_toy.KERNEL), 0.5)
+            row = dict.fromkeys((*train_toy.CURVES, "classifier_norm", "feature_change", *train_toy.KERNEL), 0.5)
+            row |= {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
             train_toy.append_row(train_toy.rows_file(tmp_path, arm, 0), row)
     summary = train_toy.summarise(config, tmp_path)
     assert summary["rl"]["updates_to_threshold"] == [8, None]

@@ -1,6 +1,7 @@
 """One update through the kernel: what it predicts is what backward() and an optimiser then do, to first order."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -188,6 +189,16 @@ def test_the_microscope_accounts_for_all_that_an_update_did_up_to_second_order(s
         for part, expected in (("classifier", (by_W, 0.0)), ("body", (0.0, by_body))):
             alone = microscope(model, moved(model, update, part=part), *probe)
             assert (alone[f"{name}_by_W"], alone[f"{name}_by_body"]) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+    R, G = logit_change(model, *probe, update)
+    for kind in ("prompt", "continuation"):
+        cosines = []
+        for n, (i, t) in enumerate(probe[1].nonzero().tolist()):
+            if (kind == "prompt") == (not probe[1][i, :t].any()):
+                a, b = R[n] - R[n].mean(), (R + G)[n] - (R + G)[n].mean()
+                cosines.append((a @ b / a.norm() / b.norm()).item())
+        expected = sum(cosines) / len(cosines) if cosines else math.nan
+        assert seen[f"agreement_{kind}"] == pytest.approx(expected, nan_ok=True)
 
     if (logits.topk(2).values.diff() < -1e-2).all():  # nowhere does the update make another token the likeliest
         for name in ("entropy_residual", "confidence_residual"):

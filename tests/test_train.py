@@ -96,6 +96,32 @@ def test_stage_1_moves_the_classifier_and_not_one_bit_of_the_body(seed, k):
     assert moved(before, model) == ({"classifier.weight"} if learnt else set())
 
 
+def test_body_first_moves_the_body_and_not_one_bit_of_the_classifier():
+    model = policy(0)
+    before = weights(model)
+    config = dataclasses.replace(FAST, steps=4, classifier_steps=3, stage_1="body")
+    for record in train_rl(model, TinyTask(REWARDS), config, generator(0)):
+        assert ("classifier.weight" in moved(before, model)) == (record["stage"] == 2)
+        assert "body.norm.weight" in moved(before, model)
+
+
+def test_linear_probing_trains_the_classifier_alone_then_everything_from_a_fresh_optimiser():
+    """Stage 1 leaves the body as it is to the bit, and without a stage 1 nothing of it matters."""
+    model, task = tiny_gpt(0, 17, 11), Addition(1)
+    before = weights(model)
+    config = SFTConfig(steps=4, classifier_steps=2, rows=4)
+    for record in supervised_finetune(model, task, config, generator(0)):
+        assert record["stage"] == 1 + (record["step"] > 2)
+        assert moved(before, model) == ({"classifier.weight"} if record["stage"] == 1 else set(before))
+    runs = []
+    for classifier_lr in (1e-3, 1.0):
+        model = tiny_gpt(0, 17, 11)
+        config = SFTConfig(steps=3, rows=4, classifier_lr=classifier_lr)
+        list(supervised_finetune(model, task, config, generator(0)))
+        runs.append(weights(model))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in before)
+
+
 def test_the_body_moves_from_the_first_update_of_stage_2():
     model = policy(1)
     training = train_rl(model, TinyTask(REWARDS), dataclasses.replace(FAST, classifier_steps=2), generator(1))
@@ -110,7 +136,7 @@ def test_the_body_moves_from_the_first_update_of_stage_2():
 def test_without_stage_1_steps_nothing_of_stage_1_matters(seed):
     """With classifier_steps=0 CF-RL is plain RL bit for bit, whatever stage 1 would have been."""
     plain, _ = trained(seed, FAST)
-    other, _ = trained(seed, dataclasses.replace(FAST, classifier_lr=9.0, freeze_body=False))
+    other, _ = trained(seed, dataclasses.replace(FAST, classifier_lr=9.0, stage_1="all"))
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), other.parameters(), strict=True))
 
 
@@ -130,7 +156,7 @@ def test_the_control_steps_the_classifier_as_cf_rl_does_and_the_body_as_rl_does(
     first step divides a gradient by its own size, so rounding shows where a gradient is near 0: 1e-6 of the step."""
     one = dataclasses.replace(FAST, steps=1)
     cf_rl, _ = trained(seed, dataclasses.replace(one, classifier_steps=1))
-    control, _ = trained(seed, dataclasses.replace(one, classifier_steps=1, freeze_body=False))
+    control, _ = trained(seed, dataclasses.replace(one, classifier_steps=1, stage_1="all"))
     rl, _ = trained(seed, one)
     torch.testing.assert_close(
         control.classifier.weight, cf_rl.classifier.weight, rtol=0, atol=1e-6 * FAST.classifier_lr
@@ -142,9 +168,9 @@ def test_the_control_steps_the_classifier_as_cf_rl_does_and_the_body_as_rl_does(
 def test_the_control_shares_learning_rates_and_restarts_with_cf_rl(monkeypatch):
     """Every optimiser that the two arms make, as (parameters, learning rate) of its groups: they differ by the body's
     group in stage 1 and in nothing else, and both make a new one at the switch."""
-    made = {True: [], False: []}
+    made = {"classifier": [], "all": [], "body": []}
     adam = torch.optim.Adam
-    for freeze_body, log in made.items():
+    for stage_1, log in made.items():
 
         def record(groups, log=log):
             groups = [{**group, "params": list(group["params"])} for group in groups]
@@ -152,10 +178,11 @@ def test_the_control_shares_learning_rates_and_restarts_with_cf_rl(monkeypatch):
             return adam(groups)
 
         monkeypatch.setattr(torch.optim, "Adam", record)
-        trained(0, dataclasses.replace(FAST, classifier_steps=2, freeze_body=freeze_body))
+        trained(0, dataclasses.replace(FAST, classifier_steps=2, stage_1=stage_1))
     body = (len(list(policy(0).body.parameters())), FAST.lr)
-    assert made[True] == [[(1, FAST.classifier_lr)], [(1, FAST.lr), body]]
-    assert made[False] == [[(1, FAST.classifier_lr), body], [(1, FAST.lr), body]]
+    assert made["body"] == [[body], [(1, FAST.lr), body]]
+    assert made["classifier"] == [[(1, FAST.classifier_lr)], [(1, FAST.lr), body]]
+    assert made["all"] == [[(1, FAST.classifier_lr), body], [(1, FAST.lr), body]]
 
 
 @given(seed=seeds)
@@ -196,11 +223,11 @@ def test_the_kl_penalty_acts_in_both_stages(classifier_steps):
     assert 0 < kls[3.0] < 0.5 * kls[0.0]
 
 
-@pytest.mark.parametrize("freeze_body", [True, False])
+@pytest.mark.parametrize("stage_1", ["classifier", "body", "all"])
 @given(seed=seeds)
-def test_the_gradient_does_not_depend_on_how_many_rows_are_scored_at_once(freeze_body, seed):
+def test_the_gradient_does_not_depend_on_how_many_rows_are_scored_at_once(stage_1, seed):
     """Its slices share one count of tokens, so they add up, in (E3) and in (E4)."""
-    config = dataclasses.replace(FAST, steps=1, classifier_steps=1, freeze_body=freeze_body)
+    config = dataclasses.replace(FAST, steps=1, classifier_steps=1, stage_1=stage_1)
     (whole,) = trained(seed, config)[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minicfrl.SLICE", 4)
@@ -319,6 +346,7 @@ def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
         (dict(classifier_steps=1.5), "classifier_steps=1.5 is not between 0 and steps=3"),
         (dict(classifier_steps=-1), "classifier_steps=-1 is not between 0 and steps=3"),
         (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
+        (dict(stage_1="head"), "stage_1 must be classifier, body or all, not 'head'"),
         (dict(optimizer="lion"), "optimizer must be one of adam, sgd, not 'lion'"),
         (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
         (dict(lr=-1.0), "lr must be finite and not negative, not -1.0"),
@@ -329,6 +357,8 @@ def test_an_unusable_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(FAST, **changes)
     assert dataclasses.replace(FAST, samples=1, baseline="none").samples == 1
+    with pytest.raises(ValueError, match="classifier_steps=5 is not between 0 and steps=4"):
+        SFTConfig(steps=4, classifier_steps=5)
     with pytest.raises(ValueError, match=r"mixture=\(1.0, 1.0\) does not give one share for each of DSG"):
         SFTConfig(mixture=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"mixture=\(0.5, 0.5, -1.0\) is out of range"):

@@ -62,10 +62,10 @@ ARMS = {
     "ft": lambda config: {"classifier_steps": 0},
     "lp-ft": lambda config: {},
 }
-CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only,rl-sgd,random-reward,random-reward-sgd"
+CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
-    "confidence": dict(seeds=5, arms=CONTROLS),
+    "confidence": dict(seeds=5, arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
     "learning": dict(seeds=5, arms=CONTROLS, sft_steps=300, rl_steps=160),
     "classifier": dict(seeds=5, arms="rl,cf-rl,rl-classifier-lr,body-first,random-w", sft_steps=300),
     "lp-ft": dict(seeds=5, arms="rl,cf-rl,ft,lp-ft", sft_steps=300),

@@ -58,7 +58,8 @@ def plot_diversity(results, path):
     for axes, experiment in zip(figure.subplots(1, 2), ("confidence", "learning"), strict=True):
         _, summary = results[experiment]
         names = [name for _, name, _ in train_toy.DIVERSITY[:-1]]
-        for colour, arm in zip(("#000000", *COLOURS), ("sft", "rl", "cf-rl", "random-reward"), strict=False):
+        shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
+        for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
             curves = list(zip(*(summary[arm][name] for name in names), strict=True))
             plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
         axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
@@ -166,9 +167,6 @@ FEATURE_COLUMNS = (
 )
 
 
-FIGURE_ARMS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
-
-
 def sections(results):
     """{name of a report mark: what the README says there}."""
     config, summary = results["confidence"]
@@ -237,7 +235,7 @@ def main():
     train_toy.write_text(RESULTS, json.dumps(stored) + "\n")
     results = load_results()
     config, summary = results["confidence"]
-    plot_curves(dataclasses.replace(config, arms=FIGURE_ARMS), summary, ROOT / "assets" / "curves.png")
+    plot_curves(dataclasses.replace(config, arms=train_toy.CONTROLS), summary, ROOT / "assets" / "curves.png")
     plot_diversity(results, ROOT / "assets" / "diversity.png")
     readme = ROOT / "README.md"
     train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(results)))

@@ -509,7 +509,10 @@ def table(summary, columns=COLUMNS):
 
 def microscope_table(summary):
     """Each arm's rise in confidence on the probe over all updates, and the share of it that each component explains."""
-    arms = {name: dict(arm) for name, arm in summary.items() if name != "sft"}
+    learning = [
+        name for name in summary if name != "sft" and not name.startswith("random-reward")
+    ]  # the rest has no rise
+    arms = {name: dict(summary[name]) for name in learning}
     for arm in arms.values():
         for _, part, _ in MICROSCOPE[1:]:
             pairs = zip(arm[part], arm["confidence_change"], strict=True)

@@ -185,8 +185,6 @@ def sections(results):
         "paired": markdown(*paired(summary)),
         "learning": markdown(*train_toy.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
-        "learning microscope": markdown(*train_toy.microscope_table(learning[1])),
-        "learning diversity": markdown(*train_toy.table(learning[1], train_toy.DIVERSITY)),
         "agreement": agreement_table(summary, rl),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),

@@ -438,12 +438,13 @@ MICROSCOPE = (  # the rise in confidence, and its shares
 DIVERSITY = tuple((f"pass@{name.removeprefix('best_of_')}", name, ".2f") for name in BEST_OF[:-1]) + (
     ("answers in 64", "different_answers", ".1f"),
 )
-PAIRED = (  # differences from rl, seed by seed
+PAIRED = (  # differences, seed by seed
     ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
     ("accuracy", "accuracy", "+.3f"),
     ("entropy", "entropy", "+.3f"),
     ("top-1, fixed states", "probe_confidence", "+.3f"),
     ("pass@64", "best_of_64", "+.3f"),
+    ("answers in 64", "different_answers", "+.1f"),
 )
 CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
@@ -520,19 +521,14 @@ def microscope_table(summary):
     return table(arms, MICROSCOPE)
 
 
-def paired_table(summary):
-    """Each arm minus rl, seed by seed: the starting policy and the prompts, which differ between seeds, cancel."""
-    arms = {
-        name: arm for name, arm in summary.items() if name not in ("sft", "rl") and arm["seed"] == summary["rl"]["seed"]
-    }
-    names = [name for _, name, _ in PAIRED]
-    return table(
-        {
-            name: {m: [x - y for x, y in zip(arm[m], summary["rl"][m], strict=True)] for m in names}
-            for name, arm in arms.items()
-        },
-        PAIRED,
-    )
+def paired_table(summary, base="rl"):
+    """Each arm minus another or minus sft, seed by seed: what the arms of a seed share, their start say, cancels."""
+    base, rows = summary[base], {}
+    for name, arm in summary.items():
+        if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
+            pairs = {m: zip(arm[m], base[m], strict=True) for _, m, _ in PAIRED}
+            rows[name] = {m: [value - other for value, other in pairs[m]] for m in pairs}
+    return table(rows, PAIRED)
 
 
 def sparkline(curves, top):

@@ -64,7 +64,7 @@ def plot_diversity(results, path):
             plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
         axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
         axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
-    axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center right" if experiment == "confidence" else "lower right")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -183,6 +183,7 @@ def sections(results):
         "microscope": markdown(*train_toy.microscope_table(summary)),
         "diversity": markdown(*train_toy.table(summary, train_toy.DIVERSITY)),
         "paired": markdown(*paired(summary)),
+        "change": markdown(*paired(summary, "sft")),
         "learning": markdown(*train_toy.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
         "agreement": agreement_table(summary, rl),
@@ -194,7 +195,8 @@ def sections(results):
         "spread": textwrap.fill(
             f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "
             f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
-            f"Updates to {config.threshold:g}, seed by seed: {updates}.",
+            f"Updates to {config.threshold:g}, seed by seed: {updates}. "
+            f"With stage 1 for free, as the paper counts, cf-rl {summary['cf-rl']['full_updates_to_threshold']}.",
             118,
         ),
         "files": markdown(["file", "lines of code"], *([f"`{f}`", str(n)] for f, n in count.items())),

@@ -9,7 +9,7 @@ from hypothesis import Phase, settings
 torch.set_num_threads(1)
 settings.register_profile(
     "fast",
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,

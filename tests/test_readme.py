@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 import minicfrl
 import train_toy
 from assets.report import load_results, rewrite, sections
@@ -24,6 +26,22 @@ def test_every_equation_of_the_readme_has_its_line_of_code_and_the_other_way_rou
 def test_the_numbers_of_the_readme_are_those_that_the_report_writes():
     """assets/results.json is the report's copy of a run: from it the README is written again, to the character."""
     assert rewrite(README, sections(load_results())) == README
+
+
+def test_the_smallest_row_of_the_results_comes_out_again(tmp_path):
+    """One seed of `ft`, in float32 as users run it: within the range of the README's five seeds, widened by itself, for
+    other machines round otherwise. Measured on fewer prompts and states, to save time: the tolerances are for that."""
+    torch.set_default_dtype(torch.float32)
+    try:
+        flags = "--experiment lp-ft --arms ft --seeds 1 --workers 1 --eval-every 80 --final-prompts 32 --eval-prompts 8"
+        assert train_toy.main([*flags.split(), "--out", str(tmp_path / "ft")]) == 0
+    finally:
+        torch.set_default_dtype(torch.float64)
+    (*_, row) = train_toy.read_rows(tmp_path / "ft" / "parts" / "ft-seed0.csv")
+    _, summary = load_results()["lp-ft"]
+    for name, tolerance in (("accuracy", 0.1), ("classifier_norm", 0.0), ("feature_change", 0.05), ("share_S", 0.02)):
+        low, high = min(summary["ft"][name]), max(summary["ft"][name])
+        assert low - (high - low) - tolerance <= row[name] <= high + (high - low) + tolerance
 
 
 def test_the_readme_explains_every_column_of_the_metrics():

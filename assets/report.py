@@ -14,10 +14,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch.nn.functional as F
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_toy  # noqa: E402
+from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
+from ntk import logit_change  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results.json"
 
@@ -136,6 +140,47 @@ def lp_ft_table(config, summary):
     return markdown(*rows)
 
 
+def by_position(config, out):
+    """{measure: [[a value per position in the response], per seed]} of the starting policies, 0 the end of the prompt.
+
+    cosine and positive are over the pairs of states at one position. agreement is how far the representation part of
+    one plain policy-gradient step, (E3) on a batch of RL, points where the whole does: see ntk.microscope.
+    """
+    measures = {"cosine": [], "positive": [], "agreement": []}
+    for seed, arm in config.jobs("sft"):
+        task, model = train_toy.load_policy(config, out, arm, seed)
+        probe = train_toy.start_probe(config, task, model, seed)
+        prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
+        batch = rollout(model, task, prompts, config.samples, train_toy.generator(seed, "by position"))
+        advantages = group_advantages(batch.rewards).flatten()
+        policy_gradient_loss(sequence_logp(model, batch.tokens), advantages, batch.mask[:, 1:]).backward()
+        step = {name: -parameter.grad for name, parameter in model.named_parameters()}
+        R, G = logit_change(model, probe.tokens, probe.state_mask, step)
+        R, both = (part - part.mean(dim=1, keepdim=True) for part in (R, R + G))
+        agreement = F.cosine_similarity(R, both, dim=1)  # (N,)
+        position = (probe.state_mask.cumsum(dim=1) - 1)[probe.state_mask]  # (N,)
+        features = model.features(probe.tokens)[probe.state_mask].detach()
+        states = [position == t for t in range(int(position.max()) + 1)]
+        cosines = [train_toy.cosines(features[here]) for here in states]
+        measures["cosine"].append([c.mean().item() for c in cosines])
+        measures["positive"].append([(c > 0).float().mean().item() for c in cosines])
+        measures["agreement"].append([agreement[here].mean().item() for here in states])
+    return measures
+
+
+def position_table(measures):
+    forms = {
+        "mean cosine": ("cosine", ".2f"),
+        "positive": ("positive", ".0%"),
+        "R alone and R + G": ("agreement", ".2f"),
+    }
+    positions = range(min(map(len, measures["cosine"])))
+    rows = [["tokens into the response", *map(str, positions)]]
+    for heading, (name, form) in forms.items():
+        rows.append([heading] + [over_seeds([seed[t] for seed in measures[name]], form) for t in positions])
+    return markdown(*rows)
+
+
 def stage_table(config, summary, columns, arms):
     """What is measured at the ends of the stages, as medians (and ranges) over the seeds: of the start, which all arms
     share, then of each arm. columns are (heading, measure, format), as for train_toy.table."""
@@ -167,7 +212,7 @@ FEATURE_COLUMNS = (
 )
 
 
-def sections(results):
+def sections(results, positions):
     """{name of a report mark: what the README says there}."""
     config, summary = results["confidence"]
     rl = [arm for arm in config.arm_list if "random" not in arm]  # what learns the task
@@ -187,6 +232,7 @@ def sections(results):
         "learning": markdown(*train_toy.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
         "agreement": agreement_table(summary, rl),
+        "positions": position_table(positions),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
@@ -214,9 +260,10 @@ def rewrite(readme, texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}"""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return {name: (train_toy.Config(**run["config"]), run["summary"]) for name, run in results.items()}
+    """{experiment: (its Config, its summary)}, and what by_position found for the starting policies of the first."""
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = {name: (train_toy.Config(**run["config"]), run["summary"]) for name, run in runs.items()}
+    return results, runs["confidence"]["positions"]
 
 
 def main():
@@ -231,14 +278,16 @@ def main():
         if config not in experiments:
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        if experiments[config] == "confidence":
+            record["positions"] = by_position(config, out)
         stored[experiments[config]] = record
     train_toy.write_text(RESULTS, json.dumps(stored) + "\n")
-    results = load_results()
+    results, positions = load_results()
     config, summary = results["confidence"]
     plot_curves(dataclasses.replace(config, arms=train_toy.CONTROLS), summary, ROOT / "assets" / "curves.png")
     plot_diversity(results, ROOT / "assets" / "diversity.png")
     readme = ROOT / "README.md"
-    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(results)))
+    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(results, positions)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from tiny import generator, tiny_gpt
 
 import train_toy
+from assets.report import by_position
 from minicfrl import make_probe
 from ntk import empirical_ntk
 
@@ -102,6 +103,16 @@ def test_the_kernel_is_measured_at_the_ends_of_the_stages(finished):
     assert stage_1["kernel_R"] == start["kernel_R"] and stage_1["cosine_prompt"] == start["cosine_prompt"]
     assert stage_1["kernel_G"] == pytest.approx(stage_1["kernel_G_by_W"] * start["kernel_G"], rel=1e-5)
     assert stage_1["kernel_G_cosine"] < 1 and rows["rl", "4"]["kernel_R"] != start["kernel_R"]
+
+
+def test_the_report_by_position_agrees_with_the_run_at_the_end_of_the_prompt(finished):
+    """Position 0 are the states that the run's own columns call the prompt's."""
+    config = train_toy.read_config(finished)[1]
+    measures = by_position(config, finished)
+    start = rows_of(finished)[-1]
+    for name in ("cosine", "positive"):
+        assert measures[name][0][0] == pytest.approx(float(start[f"{name}_prompt"]), abs=1e-5)
+    assert len(measures["agreement"][0]) > 1 and all(-1 <= value <= 1 for value in measures["agreement"][0])
 
 
 def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):

@@ -25,7 +25,7 @@ def test_every_equation_of_the_readme_has_its_line_of_code_and_the_other_way_rou
 
 def test_the_numbers_of_the_readme_are_those_that_the_report_writes():
     """assets/results.json is the report's copy of a run: from it the README is written again, to the character."""
-    assert rewrite(README, sections(load_results())) == README
+    assert rewrite(README, sections(*load_results())) == README
 
 
 def test_the_smallest_row_of_the_results_comes_out_again(tmp_path):
@@ -38,14 +38,14 @@ def test_the_smallest_row_of_the_results_comes_out_again(tmp_path):
     finally:
         torch.set_default_dtype(torch.float64)
     (*_, row) = train_toy.read_rows(tmp_path / "ft" / "parts" / "ft-seed0.csv")
-    _, summary = load_results()["lp-ft"]
+    _, summary = load_results()[0]["lp-ft"]
     for name, tolerance in (("accuracy", 0.1), ("classifier_norm", 0.0), ("feature_change", 0.05), ("share_S", 0.02)):
         low, high = min(summary["ft"][name]), max(summary["ft"][name])
         assert low - (high - low) - tolerance <= row[name] <= high + (high - low) + tolerance
 
 
 def test_the_readme_explains_every_column_of_the_metrics():
-    _, summary = load_results()["confidence"]
+    _, summary = load_results()[0]["confidence"]
     not_columns = {"curves", "stages", "accuracy_over_the_run", "updates_to_threshold", "full_updates_to_threshold"}
     columns = set(summary["rl"]) - not_columns
     explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", README, re.MULTILINE) for name in line.split(", ")}
@@ -60,7 +60,7 @@ def test_the_tests_that_the_readme_names_are_there():
 
 def test_the_results_in_the_readme_are_the_experiments_with_their_defaults():
     """Seeds and arms aside the first is the plain run: whoever starts that gets the first of its seeds."""
-    results = load_results()
+    results, _ = load_results()
     for name, flags in train_toy.EXPERIMENTS.items():
         assert results[name][0] == train_toy.Config(**flags) and results[name][0].seed == 0
     config, _ = results["confidence"]

@@ -244,6 +244,7 @@ def sections(results, positions):
             f"Updates to {config.threshold:g}, seed by seed: {updates}. "
             f"With stage 1 for free, as the paper counts, cf-rl {summary['cf-rl']['full_updates_to_threshold']}.",
             118,
+            break_on_hyphens=False,
         ),
         "files": markdown(["file", "lines of code"], *([f"`{f}`", str(n)] for f, n in count.items())),
     }

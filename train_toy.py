@@ -11,6 +11,7 @@ import copy
 import csv
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -319,8 +320,8 @@ def updates(config, seed, arm, task, model):
         return
     if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
         twin = copy.deepcopy(model)
-        stage_1 = replace(config.rl("cf-rl"), steps=max(1, config.classifier_steps))
-        list(train_rl(twin, task, stage_1, generator(seed, "rl")))
+        cf_rl = train_rl(twin, task, config.rl("cf-rl"), generator(seed, "rl"))
+        list(itertools.islice(cf_rl, config.classifier_steps))
         direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
         with torch.no_grad():
             distance = (twin.classifier.weight - model.classifier.weight).norm()

@@ -7,6 +7,7 @@ works from the copy: after a change of the code, whose lines it counts.
 
 import ast
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -45,7 +46,8 @@ def plot_curves(config, summary, path):
     figure = Figure(figsize=(10, 3), layout="constrained")
     panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for colour, arm in zip(COLOURS, (arm for arm in config.arm_list if arm in summary), strict=False):
+        shown = (arm for arm in config.arm_list if arm in summary)
+        for colour, arm in zip(itertools.cycle(COLOURS), shown, strict=False):
             curves = summary[arm]["curves"]
             style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
             plot_band(axes, curves["step"][0], curves[name], arm, style, colour)

@@ -49,6 +49,14 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def only_stage_1(tmp_path_factory):
+    """A run in which nothing moves but the classifier in stage 1."""
+    out = tmp_path_factory.mktemp("runs") / "only-stage-1"
+    assert run(out, "--arms", "cf-rl,random-w,lp-ft,random-reward-sgd", "--lr", "0", "--sgd-lr", "0") == 0
+    return out
+
+
 def refused(capsys, *arguments):
     """Run a command line that must be refused: exit code 2, nothing printed but one line; returns that line."""
     with pytest.raises(SystemExit) as stopped:
@@ -202,27 +210,26 @@ def test_random_rewards_are_fair_coins_whatever_the_response():
     assert flips["S0714;147"] == flips["D047"]
 
 
-def test_random_reward_arms_learn_from_coins_and_are_evaluated_on_the_truth(tmp_path):
-    assert run(tmp_path / "coins", "--arms", "random-reward-sgd", "--sgd-lr", "0") == 0
-    rows = rows_of(tmp_path / "coins")
-    assert all(0.2 < float(row["reward"]) < 0.8 for row in rows[:-1])  # 32 flips: 3 standard errors are 0.27
-    assert rows[1]["accuracy"] == rows[2]["accuracy"]  # nothing moved, so the last evaluation is the first again
+def test_random_reward_arms_learn_from_coins_and_are_evaluated_on_the_truth(only_stage_1):
+    *rows, start = [row for row in rows_of(only_stage_1) if row["arm"] in ("random-reward-sgd", "sft")]
+    assert all(0.2 < float(row["reward"]) < 0.8 for row in rows)  # 32 flips: 3 standard errors are 0.27
+    assert rows[-1]["accuracy"] == start["accuracy"]  # nothing moved, so the last evaluation is the first again
 
 
-def test_random_w_starts_where_stage_1_would_end_but_for_the_direction(tmp_path):
-    """With a learning rate of 0 after stage 1 both end where they were moved to, equally far from the start. (And so
-    does linear probing, which moves W and no feature.)"""
-    run(tmp_path / "nudge", "--arms", "cf-rl,random-w,lp-ft", "--lr", "0")
-    W = {
-        arm: torch.load(tmp_path / "nudge" / f"{arm}-seed0.pt")["classifier.weight"]
-        for arm in ("sft", "cf-rl", "random-w")
-    }
+def test_random_w_starts_where_stage_1_would_end_but_for_the_direction(only_stage_1):
+    """With a learning rate of 0 after stage 1 both end where they were moved to, equally far from the start."""
+    arms = ("sft", "cf-rl", "random-w")
+    W = {arm: torch.load(only_stage_1 / f"{arm}-seed0.pt")["classifier.weight"] for arm in arms}
     stage_1, nudge = W["cf-rl"] - W["sft"], W["random-w"] - W["sft"]
     assert nudge.norm().item() == pytest.approx(stage_1.norm().item()) and stage_1.any()
     assert abs((nudge * stage_1).sum()) < 0.5 * nudge.norm() * stage_1.norm()
-    probed = [row for row in rows_of(tmp_path / "nudge") if row["arm"] == "lp-ft"]
-    assert all(float(row["feature_change"]) == 0 for row in probed)
-    assert float(probed[0]["classifier_norm"]) != W["sft"].norm() and probed[0]["stage"] == "1"
+
+
+def test_linear_probing_moves_the_classifier_and_no_feature(only_stage_1):
+    *rows, start = [row for row in rows_of(only_stage_1) if row["arm"] in ("lp-ft", "sft")]
+    assert [row["stage"] for row in rows] == ["1", "2"]
+    assert all(float(row["feature_change"]) == 0 for row in rows)
+    assert rows[0]["classifier_norm"] == rows[1]["classifier_norm"] != start["classifier_norm"]
 
 
 @pytest.mark.parametrize("name", train_toy.EXPERIMENTS)

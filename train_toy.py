@@ -353,7 +353,7 @@ def start_probe(config, task, model, seed):
     return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], generator(seed, "probe"))
 
 
-# The columns of an update that there is none of; those of them that add up; the others.
+# A row's columns about its update, where there was none; and those that add up over the updates, before the first.
 NO_UPDATE = dict(step=0, stage=0, tokens=0) | dict.fromkeys(("reward", "entropy", "flat", "gradient_norm"), math.nan)
 NO_UPDATE |= dict.fromkeys(("agreement_prompt", "agreement_continuation"), math.nan)
 NOTHING_YET = {"tokens": 0} | {
@@ -587,13 +587,13 @@ def print_table(rows):
 def print_report(config, out, summary):
     print()
     print_table(table(summary))
-    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft, the starting policy, to the end")
+    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft to the end")
     top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
     for arm in config.arm_list:
         if arm in summary:
             curves = summary[arm]["curves"]
             print(f"  {arm:17} {sparkline(curves['accuracy'], 1)}  {sparkline(curves['entropy'], top)}")
-    print("\nunder the microscope: top-1 probability on fixed states, each update split to first order")
+    print("\nunder the microscope: what raised the top-1 probability on fixed states")
     print_table(microscope_table(summary))
     if config.seeds > 1:
         print("\nwhat more samples buy: pass@k, and different answers, of 64 samples")
@@ -629,7 +629,7 @@ def make_parser():
     add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
     add("experiment", f"other defaults: {', '.join(EXPERIMENTS)} (README)", choices=EXPERIMENTS, metavar="NAME")
     quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
-    add("quick", f"about 10 seconds, too short to learn much: other defaults ({quick})", action="store_true")
+    add("quick", f"about 15 seconds, too short to learn much: other defaults ({quick})", action="store_true")
     add("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
     add("plot", "also draw DIR/curves.png (takes --out, matplotlib, and a clone)", action="store_true")
     text = (

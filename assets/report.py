@@ -228,7 +228,6 @@ def sections(results, positions):
         "size": f"It is {sum(count.values())} lines of code in four files, comments, docstrings and blanks aside.",
         "table": markdown(*train_toy.table(summary)),
         "microscope": markdown(*train_toy.microscope_table(summary)),
-        "diversity": markdown(*train_toy.table(summary, train_toy.DIVERSITY)),
         "paired": markdown(*paired(summary)),
         "change": markdown(*paired(summary, "sft")),
         "learning": markdown(*train_toy.table(learning[1])),

@@ -49,7 +49,7 @@ def trained(seed, config, task=None):
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
 
-@given(seed=seeds, samples=st.integers(1, 4))
+@given(seed=seeds, samples=st.integers(1, 8))
 def test_a_rollout_holds_what_was_sampled(seed, samples):
     """Log-probabilities are recomputed by a full forward; rewards and texts are read off the tokens."""
     model, task = policy(seed), TinyTask(REWARDS)

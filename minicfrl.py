@@ -327,11 +327,14 @@ class SFTConfig:
         if len(self.mixture) != len(Addition.patterns):
             raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
         if not (
-            0 <= min(self.lr, self.classifier_lr) < math.inf
+            all(0 <= lr < math.inf for lr in (self.lr, self.classifier_lr))
             and 0 <= self.noise <= 1
             and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
         ):
-            raise ValueError(f"lr={self.lr}, noise={self.noise} or mixture={self.mixture} is out of range")
+            raise ValueError(
+                f"lr={self.lr}, classifier_lr={self.classifier_lr}, noise={self.noise} or mixture={self.mixture} "
+                f"is out of range"
+            )
 
 
 def _demonstrations(task, config, generator):

@@ -359,6 +359,9 @@ def test_an_unusable_configuration_is_refused(changes, message):
     assert dataclasses.replace(FAST, samples=1, baseline="none").samples == 1
     with pytest.raises(ValueError, match="classifier_steps=5 is not between 0 and steps=4"):
         SFTConfig(steps=4, classifier_steps=5)
+    for classifier_lr in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"classifier_lr={classifier_lr}, .* is out of range"):
+            SFTConfig(classifier_lr=classifier_lr)
     with pytest.raises(ValueError, match=r"mixture=\(1.0, 1.0\) does not give one share for each of DSG"):
         SFTConfig(mixture=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"mixture=\(0.5, 0.5, -1.0\) is out of range"):

@@ -249,6 +249,13 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
     return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / _token_count(mask, count)  # (E3)
 
 
+def residuals(logits: Tensor, actions: Tensor) -> Tensor:
+    """e_y - pi, the gradient of log pi(y) in the logits: logits (N, V), actions (N,) -> (N, V)."""
+    g = -logits.softmax(dim=-1)
+    g[torch.arange(len(g)), actions] += 1
+    return g
+
+
 def classifier_gradient(
     features: Tensor, logits: Tensor, actions: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None
 ) -> Tensor:
@@ -261,9 +268,8 @@ def classifier_gradient(
     """
     _check_rows(mask, advantages, features=features, logits=logits, actions=actions)
     weights = (advantages[:, None] * mask)[mask]  # (N,), N the number of states that chose a response token
-    residuals = -logits[mask].softmax(dim=-1)  # (N, V)
-    residuals[torch.arange(len(weights)), actions[mask]] += 1  # e_y - pi
-    return -(weights[:, None] * residuals).T @ features[mask] / _token_count(mask, count)  # (V, d)  (E4)
+    g = residuals(logits[mask], actions[mask])  # (N, V)
+    return -(weights[:, None] * g).T @ features[mask] / _token_count(mask, count)  # (V, d)  (E4)
 
 
 def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, samples: int) -> Tensor:
@@ -491,7 +497,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> dict[str, float]:
     """What more samples buy, on the prompts of `pairs` (B, 2): pass@k for k = 1, 2, 4, ... `samples` under the keys
     best_of_K, and the number of different answers among all samples of a prompt, different_answers."""
-    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    ks = [2**i for i in range(samples.bit_length())]
     passed, different = dict.fromkeys(ks, 0.0), 0
     for a, b in pairs.tolist():
         batch = rollout(model, task, [task.prompt(a, b)], samples, generator)

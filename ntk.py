@@ -48,8 +48,6 @@ def _check_states(model, tokens, mask):
         raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
     if not mask.any():
         raise ValueError("mask selects no state")
-    if tokens.size(1) > model.config.block_size:
-        raise ValueError(f"{tokens.size(1)} tokens are more than block_size={model.config.block_size}")
     if tokens.is_inference() or torch.is_inference_mode_enabled():
         raise ValueError("nothing can be differentiated in torch.inference_mode: use torch.no_grad")
     if type(model.classifier) is not nn.Linear or model.classifier.bias is not None:
@@ -130,9 +128,9 @@ def _layers(model, rows):
     features, calls = _record(model.body, rows)  # (n, d)
     W = model.classifier.weight.detach()
     outputs = features @ W.T if len(W) <= W.size(1) else features  # (n, U): the fewer of logits and features
-    backprops = [y.new_empty(len(rows), outputs.size(1), *y.shape[1:]) for _, _, y in calls]
+    ys = [y for _, _, y in calls]
+    backprops = [y.new_empty(len(rows), outputs.size(1), *y.shape[1:]) for y in ys]
     for u in range(outputs.size(1)):  # one row, one state: the sum over rows keeps them apart
-        ys = [y for _, _, y in calls]
         gradients = torch.autograd.grad(outputs[:, u].sum(), ys, retain_graph=True, materialize_grads=True)
         for g, gradient in zip(backprops, gradients, strict=True):
             g[:, u] = gradient
@@ -294,6 +292,15 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
 
 
+def agreement(R: Tensor, G: Tensor) -> Tensor:
+    """How far the representation part of (E8) alone points where the whole change does: (N, V) both -> (N,) cosines.
+
+    Less their means over the vocabulary, which no probability sees.
+    """
+    R, both = (part - part.mean(dim=1, keepdim=True) for part in (R, R + G))
+    return F.cosine_similarity(R, both, dim=1)
+
+
 def _check_change(logits, dlogits):
     if logits.ndim != 2 or logits.shape != dlogits.shape:
         raise ValueError(
@@ -336,9 +343,8 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
     and NAME_by_body, what the representation and the gradient component predict to first order (E8, E9); NAME_residual,
     the rest, which is beyond first order. Whatever made the update: SGD, Adam, one stage or the other.
 
-    Also agreement_prompt and agreement_continuation: the cosine between the representation part and the whole predicted
-    change of the logits, less their means over the vocabulary, which no probability sees; averaged over the first
-    selected state of each row (the end of the prompt), and over the others.
+    Also agreement_prompt and agreement_continuation: the mean `agreement` of the two parts over the first selected
+    state of each row (the end of the prompt), and over the others.
     """
     update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
     parts = logit_change(before, tokens, mask, update)  # (N, V) twice
@@ -349,8 +355,7 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
         by_W, by_body = (predict(logits, part).mean().item() for part in parts)
         row |= {f"{name}_change": change, f"{name}_by_W": by_W, f"{name}_by_body": by_body}
         row[f"{name}_residual"] = change - by_W - by_body
-    R, both = (part - part.mean(dim=1, keepdim=True) for part in (parts[0], sum(parts)))
-    cosine = F.cosine_similarity(R, both, dim=1)  # (N,)
+    cosine = agreement(*parts)  # (N,)
     first = (mask.cumsum(dim=1) == 1)[mask]
     return row | {
         "agreement_prompt": cosine[first].mean().item(),

@@ -40,6 +40,7 @@ from minicfrl import (
     evaluate,
     make_probe,
     naming_the_step,
+    residuals,
     rollout,
     supervised_finetune,
     train_rl,
@@ -326,9 +327,14 @@ def updates(config, seed, arm, task, model):
         with torch.no_grad():
             distance = (twin.classifier.weight - model.classifier.weight).norm()
             model.classifier.weight += direction * distance / direction.norm()
-    if arm.startswith("random-reward"):
+    if flips_coins(arm):
         task = CoinFlips(config.digits, generator(seed, "coins"))
     yield from train_rl(model, task, config.rl(arm), draws)
+
+
+def flips_coins(arm):
+    """Whether its rewards are random, so that there is nothing to learn."""
+    return arm.startswith("random-reward")
 
 
 class CoinFlips(Addition):
@@ -396,16 +402,15 @@ def kernel_row(model, probe):
     R = now.representation.norm() * math.sqrt(now.gradient.size(1))  # times the norm of I_V
     row = [R, now.gradient.norm(), by_W.gradient.norm() / old.gradient.norm()]
     row.append(F.cosine_similarity(by_W.gradient.flatten(), old.gradient.flatten(), dim=0))
+    features = model.features(probe.tokens)  # (B, T, d)
     i, t = chosen.nonzero(as_tuple=True)
-    g = -model(probe.tokens)[chosen].softmax(dim=1)
-    g[torch.arange(len(g)), probe.tokens[i, t + 1]] += 1
-    g *= probe.advantages[i, None]  # (N, V), the residuals A (e_y - pi) of the probe's own responses
+    g = residuals(model.classifier(features)[chosen], probe.tokens[i, t + 1])
+    g *= probe.advantages[i, None]  # (N, V), those of the probe's own responses
     pushed = torch.einsum("nv,nvmw,mw->", g, now.gradient, g)
     row.append(pushed / (g.square().sum() * now.gradient.norm()).clamp(min=1e-30))
     first = probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)  # in each row the end of the prompt
     for kind in (first, probe.state_mask & ~first):
-        features = model.features(probe.tokens)[kind]
-        raw, centred = cosines(features), cosines(features - features.mean(dim=0))
+        raw, centred = cosines(features[kind]), cosines(features[kind] - features[kind].mean(dim=0))
         row += [raw.mean(), (raw > 0).float().mean(), centred.square().mean().sqrt()]
     return dict(zip(KERNEL, torch.stack(row).tolist(), strict=True))
 
@@ -485,13 +490,8 @@ def summarise(config, out):
     return summary
 
 
-def cell(arm, name, form):
-    """The mean over seeds, with its 95% interval if there are several; in how many never, if in any."""
-    if name == "shares":  # three means in one cell
-        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
-    values = arm.get(name)
-    if not values:
-        return ""
+def over_seeds(values, form):
+    """The mean, with its 95% interval if there are several values; in how many never, if None is among them."""
     if None in values:
         return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
     n, text = len(values), f"{statistics.fmean(values):{form}}"
@@ -499,6 +499,13 @@ def cell(arm, name, form):
         return text
     t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
     return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
+
+
+def cell(arm, name, form):
+    """A measure of an arm over its seeds; empty if it has none."""
+    if name == "shares":  # three means in one cell
+        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
+    return over_seeds(arm[name], form) if arm.get(name) else ""
 
 
 def table(summary, columns=COLUMNS):
@@ -511,10 +518,7 @@ def table(summary, columns=COLUMNS):
 
 def microscope_table(summary):
     """Each arm's rise in confidence on the probe over all updates, and the share of it that each component explains."""
-    learning = [
-        name for name in summary if name != "sft" and not name.startswith("random-reward")
-    ]  # the rest has no rise
-    arms = {name: dict(summary[name]) for name in learning}
+    arms = {name: dict(arm) for name, arm in summary.items() if name != "sft" and not flips_coins(name)}  # with a rise
     for arm in arms.values():
         for _, part, _ in MICROSCOPE[1:]:
             pairs = zip(arm[part], arm["confidence_change"], strict=True)
@@ -527,8 +531,7 @@ def paired_table(summary, base="rl"):
     base, rows = summary[base], {}
     for name, arm in summary.items():
         if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
-            pairs = {m: zip(arm[m], base[m], strict=True) for _, m, _ in PAIRED}
-            rows[name] = {m: [value - other for value, other in pairs[m]] for m in pairs}
+            rows[name] = {m: [x - y for x, y in zip(arm[m], base[m], strict=True)] for _, m, _ in PAIRED}
     return table(rows, PAIRED)
 
 

@@ -15,14 +15,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import torch.nn.functional as F
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_toy  # noqa: E402
 from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
-from ntk import logit_change  # noqa: E402
+from ntk import agreement, logit_change  # noqa: E402
+from train_toy import over_seeds  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results.json"
 
@@ -94,10 +93,6 @@ def markdown(heading, *rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + ["---:"] * (len(heading) - 1), *rows))
 
 
-def over_seeds(values, form):
-    return train_toy.cell({"values": values}, "values", form)
-
-
 def at(summary, arm, name, step, rows="stages"):
     """A measure after an update, seed by seed."""
     return [
@@ -157,16 +152,14 @@ def by_position(config, out):
         advantages = group_advantages(batch.rewards).flatten()
         policy_gradient_loss(sequence_logp(model, batch.tokens), advantages, batch.mask[:, 1:]).backward()
         step = {name: -parameter.grad for name, parameter in model.named_parameters()}
-        R, G = logit_change(model, probe.tokens, probe.state_mask, step)
-        R, both = (part - part.mean(dim=1, keepdim=True) for part in (R, R + G))
-        agreement = F.cosine_similarity(R, both, dim=1)  # (N,)
+        agreements = agreement(*logit_change(model, probe.tokens, probe.state_mask, step))  # (N,)
         position = (probe.state_mask.cumsum(dim=1) - 1)[probe.state_mask]  # (N,)
         features = model.features(probe.tokens)[probe.state_mask].detach()
         states = [position == t for t in range(int(position.max()) + 1)]
         cosines = [train_toy.cosines(features[here]) for here in states]
         measures["cosine"].append([c.mean().item() for c in cosines])
         measures["positive"].append([(c > 0).float().mean().item() for c in cosines])
-        measures["agreement"].append([agreement[here].mean().item() for here in states])
+        measures["agreement"].append([agreements[here].mean().item() for here in states])
     return measures
 
 
@@ -188,10 +181,10 @@ def stage_table(config, summary, columns, arms):
     share, then of each arm. columns are (heading, measure, format), as for train_toy.table."""
     rows = [["policy"] + [heading for heading, _, _ in columns]]
     for arm in arms:
-        for end, step in enumerate(config.stage_ends):
+        for step in config.stage_ends:
             rows.append([f"{arm}, update {step}" if step else "start"])
             for _, name, form in columns:
-                values = [seed[end] for seed in summary[arm]["stages"][name]]
+                values = at(summary, arm, name, step)
                 low, middle, high = (f"{f(values):{form}}" for f in (min, statistics.median, max))
                 rows[-1].append(middle if low == high else f"{middle} ({low} to {high})")
     return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
@@ -217,7 +210,7 @@ FEATURE_COLUMNS = (
 def sections(results, positions):
     """{name of a report mark: what the README says there}."""
     config, summary = results["confidence"]
-    rl = [arm for arm in config.arm_list if "random" not in arm]  # what learns the task
+    rl = [arm for arm in config.arm_list if not train_toy.flips_coins(arm)]
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in rl for curve in accuracy[arm])

@@ -22,7 +22,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import GPT, check_counts, check_tokens, confidence, entropy, sample
+from model import GPT, check_counts, check_tokens, confidence, entropy, kl_divergence, sample
 
 # ---------------------------------------------------------------------------------------------------------------- task
 
@@ -211,6 +211,31 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     return advantages.masked_fill(span <= rounding, 0.0)
 
 
+REWARDS = ("verifier", "coin flips", "self-certainty", "log-probability")
+
+
+def reward_by(kind: str, batch: Rollout, generator=None) -> Tensor:
+    """The rewards (P, G) to train on, of sampled responses.
+
+    verifier         the task's own: is the answer right?
+    coin flips       0 or 1, whatever the response: the control for what RL does without anything to learn
+    self-certainty   KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)
+    log-probability  log pi(response) in nats. Its policy gradient is exactly minus the gradient of the responses'
+                     entropy: grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation
+
+    The last two are internal feedback: the policy is its own judge. They are constants, never differentiated.
+    """
+    if kind == "verifier":
+        return batch.rewards
+    if kind == "coin flips":
+        return torch.randint(2, batch.rewards.shape, generator=generator).to(batch.rewards.dtype)
+    mask = batch.mask[:, 1:]
+    if kind == "log-probability":
+        return batch.logp.masked_fill(~mask, 0.0).sum(dim=1).view_as(batch.rewards)
+    certainty = kl_divergence(torch.zeros_like(batch.logits), batch.logits)  # (R, L)
+    return (certainty.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).view_as(batch.rewards)
+
+
 # ---------------------------------------------------------------------------------------------------- losses, gradients
 
 
@@ -391,6 +416,7 @@ class RLConfig:
     lr: float = 4e-4  # the optimiser's
     classifier_lr: float = 8e-3  # the same for W in stage 1
     stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
+    reward: str = "verifier"  # the kind of reward_by
     baseline: str = "std"  # the kind of group_advantages
     kl: float = 0.0  # lambda of (E6), per nat
 
@@ -404,6 +430,8 @@ class RLConfig:
             raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward must be one of {', '.join(REWARDS)}, not {self.reward!r}")
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
         if self.samples == 1 and self.baseline != "none":
@@ -440,12 +468,13 @@ SLICE = 128  # rows scored at once
 
 
 def _rl_update(model, task, config, optimizer, classifier_only, reference, generator):
-    # 1. Sample G responses to each of P training prompts; the verifier rewards them.
+    # 1. Sample G responses to each of P training prompts; the verifier, or what stands in for it, rewards them.
     pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
     batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, generator)
+    rewards = reward_by(config.reward, batch, generator)  # (P, G)
 
     # 2. Compare every sample with its group.
-    advantages = group_advantages(batch.rewards, config.baseline)  # (P, G)  (E2)
+    advantages = group_advantages(rewards, config.baseline)  # (P, G)  (E2)
     if reference is not None:
         with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit, not up to rounding
             logp, reference_logp = sequence_logp(model, batch.tokens), sequence_logp(reference, batch.tokens)
@@ -472,7 +501,7 @@ def _rl_update(model, task, config, optimizer, classifier_only, reference, gener
 
     # 4. Step.
     return {
-        "reward": batch.rewards.mean().item(),
+        "reward": rewards.mean().item(),
         "entropy": entropy(batch.state_logits).mean().item(),
         "flat": 1 - used.float().mean().item(),
         "gradient_norm": _descend(optimizer),
@@ -526,6 +555,34 @@ def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
 
 
 @torch.no_grad()
+def patterns(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
+    """Shares and success rates of the K reasoning patterns at each prompt of `pairs` (B, 2): (B, K) twice.
+
+    A share is the probability of the pattern's token as the first of the response; success is whether one response
+    that is forced to begin with it is right, an unbiased estimate of the chance.
+    """
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+    first = model(torch.tensor([task.encode(prompt) for prompt in prompts]))[:, -1].softmax(dim=-1)  # (B, V)
+    success = [rollout(model, task, prompts, 1, generator, pattern).rewards for pattern in task.patterns]
+    return first[:, task.encode(task.patterns)], torch.cat(success, dim=1)
+
+
+def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """What the change of accuracy is due to, between two results of `patterns`: to prompts' shares of the patterns pi,
+    or to the patterns' success rates p. With accuracy = sum_r pi_r p_r and means of before and after under bars,
+
+        change of accuracy = sum_r (change of pi_r) bar p_r  +  sum_r bar pi_r (change of p_r)          (E10)
+
+    exactly, prompt by prompt; the result is averaged over prompts. Our derivation, of what Chen et al. (arXiv
+    2506.04695) say: that RL selects patterns, whose own success rates stay what they were.
+    """
+    (shares, success), (new_shares, new_success) = before, after
+    by_shares = (new_shares - shares) * (success + new_success) / 2  # (B, K)  (E10)
+    by_success = (shares + new_shares) / 2 * (new_success - success)  # (B, K)
+    return {"gain_by_shares": by_shares.sum(1).mean().item(), "gain_by_success": by_success.sum(1).mean().item()}
+
+
+@torch.no_grad()
 def evaluate(
     model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8, k: int = 8
 ) -> dict[str, float]:
@@ -538,7 +595,10 @@ def evaluate(
     batch = rollout(model, task, prompts, samples, generator)
     correct = batch.rewards.sum(dim=1).int().tolist()
     answers = [task.answer(response) for response in batch.responses]
-    first = batch.logits[::samples, len(prompts[0]) - 1].softmax(dim=-1).mean(dim=0)  # (V,): chooses the pattern
+    first = (batch.state_mask.cumsum(dim=1) == 1)[batch.state_mask]  # (N,), the states that choose the pattern
+    reference = probe.start(batch.tokens)[batch.state_mask]  # (N, V)
+    kl = kl_divergence(batch.state_logits, reference)  # (N,)
+    changed = (batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)).float()
     start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
     row = {
@@ -550,10 +610,14 @@ def evaluate(
         "confidence": confidence(batch.state_logits).mean().item(),
         "probe_entropy": entropy(probe_logits).mean().item(),
         "probe_confidence": confidence(probe_logits).mean().item(),
+        "kl": kl.sum().item() / len(answers),
+        "kl_first": kl[first].mean().item(),
+        "changed_first": changed[first].mean().item(),
+        "changed_later": changed[~first].mean().item(),
         "classifier_norm": model.classifier.weight.norm().item(),
         "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
     }
-    for pattern in task.patterns:
-        row[f"share_{pattern}"] = first[task.encode(pattern)[0]].item()
-        row[f"success_{pattern}"] = rollout(model, task, prompts, 1, generator, pattern).rewards.mean().item()
+    shares, success = (values.mean(dim=0).tolist() for values in patterns(model, task, pairs, generator))
+    for pattern, share, right in zip(task.patterns, shares, success, strict=True):
+        row |= {f"share_{pattern}": share, f"success_{pattern}": right}
     return row

@@ -138,6 +138,12 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1).amax(dim=-1)
 
 
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(reference)) in nats: (..., V) twice -> (...)."""
+    logp = logits.log_softmax(dim=-1)
+    return (logp.exp() * (logp - reference.log_softmax(dim=-1))).sum(dim=-1)
+
+
 def check_tokens(model: GPT, tokens: Tensor):
     """Raise ValueError unless `tokens` is a (B, T) batch of whole numbers inside the model's vocabulary."""
     if tokens.ndim != 2 or tokens.dtype != torch.long:

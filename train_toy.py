@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from assets.tables import print_tables, verdict
 from minicfrl import (
     Addition,
     RLConfig,
@@ -40,8 +41,10 @@ from minicfrl import (
     evaluate,
     make_probe,
     naming_the_step,
+    patterns,
     residuals,
     rollout,
+    selection,
     supervised_finetune,
     train_rl,
 )
@@ -50,18 +53,26 @@ from ntk import empirical_ntk, microscope
 
 # An arm is a row of this table: what it changes in the RLConfig that the flags describe, which is cf-rl's. What else
 # the last ones do is in `updates`.
+PLAIN = {"classifier_steps": 0}
 ARMS = {
-    "rl": lambda config: {"classifier_steps": 0},
+    "rl": lambda config: PLAIN,
     "cf-rl": lambda config: {},
     "rl-classifier-lr": lambda config: {"stage_1": "all"},  # the matched control
     "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
     "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
-    "rl-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
+    "rl-sgd": lambda config: {**PLAIN, "optimizer": "sgd", "lr": config.sgd_lr},
     "body-first": lambda config: {"stage_1": "body"},
-    "random-reward": lambda config: {"classifier_steps": 0},
-    "random-reward-sgd": lambda config: {"classifier_steps": 0, "optimizer": "sgd", "lr": config.sgd_lr},
-    "random-w": lambda config: {"classifier_steps": 0},
-    "ft": lambda config: {"classifier_steps": 0},
+    "random-reward": lambda config: {**PLAIN, "reward": "coin flips"},
+    "random-reward-sgd": lambda config: {**ARMS["rl-sgd"](config), "reward": "coin flips"},
+    "self-certainty": lambda config: {**PLAIN, "reward": "self-certainty", "lr": config.lr / 8},
+    "self-certainty-sgd": lambda config: {**ARMS["rl-sgd"](config), "reward": "self-certainty"},
+    "log-probability": lambda config: {**PLAIN, "reward": "log-probability", "lr": config.lr / 8},
+    "kl-0.3": lambda config: {**PLAIN, "kl": 0.3},
+    "kl-0.6": lambda config: {**PLAIN, "kl": 0.6},
+    "kl-1": lambda config: {**PLAIN, "kl": 1.0},
+    "random-w": lambda config: PLAIN,
+    "sft-rl-sgd": lambda config: {**ARMS["rl-sgd"](config), "steps": config.rl_steps - config.classifier_steps},
+    "ft": lambda config: PLAIN,
     "lp-ft": lambda config: {},
 }
 CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
@@ -71,6 +82,12 @@ EXPERIMENTS = {
     "learning": dict(seeds=5, arms=CONTROLS, sft_steps=300, rl_steps=160),
     "classifier": dict(seeds=5, arms="rl,cf-rl,rl-classifier-lr,body-first,random-w", sft_steps=300),
     "lp-ft": dict(seeds=5, arms="rl,cf-rl,ft,lp-ft", sft_steps=300),
+    "regime-1": dict(
+        seeds=5, arms="rl,rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=8
+    ),
+    "regime-2": dict(seeds=5, arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
+    "rlif": dict(seeds=5, arms="rl,self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
+    "kl": dict(seeds=5, arms="rl,kl-0.3,kl-0.6,kl-1", sft_steps=300, rl_steps=160, eval_every=8),
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -86,6 +103,7 @@ class Config:
 
     digits: int = option(2, "digits of each operand, 1 to 3")
     sft_steps: int = option(SFTConfig.steps, "updates of supervised fine-tuning")
+    tilt: str = option("", "shares of D, S and G in 150 more updates of fine-tuning, as 0.8,0.01,0.19, if any")
     rl_steps: int = option(RLConfig.steps, "updates of every arm, those of stage 1 included")
     classifier_steps: int = option(20, "updates of stage 1, in which CF-RL trains the classifier alone")
     prompts: int = option(RLConfig.prompts, "prompts per RL update")
@@ -115,7 +133,8 @@ class Config:
                 )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
-        Addition(self.digits)  # this checks its argument, and so does
+        self.finetuning  # noqa: B018  these check their arguments
+        Addition(self.digits)
         for arm in self.arm_list:
             self.rl(arm)
 
@@ -127,6 +146,18 @@ class Config:
     def stage_ends(self):
         """The updates after which a stage of CF-RL is over; 0 is the start."""
         return 0, self.classifier_steps, self.rl_steps
+
+    @property
+    def finetuning(self):
+        """What makes the starting policy: SFTConfigs, one after the other."""
+        stages = {"sft": SFTConfig(steps=self.sft_steps)}
+        if self.tilt:  # all patterns are skills by now: this only makes some rare
+            try:
+                mixture = tuple(map(float, self.tilt.split(",")))
+            except ValueError:
+                raise ValueError(f"tilt must be shares such as 0.8,0.01,0.19, not {self.tilt!r}") from None
+            stages["tilt"] = SFTConfig(steps=150, lr=1e-3, mixture=mixture)
+        return stages
 
     def rl(self, arm) -> RLConfig:
         """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
@@ -200,7 +231,8 @@ def open_out(out, config):
     """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
     versions["python"] = sys.version.split()[0]
-    record = {"config": asdict(config), "sft": asdict(SFTConfig(steps=config.sft_steps)), "versions": versions}
+    finetuning = {name: asdict(stage) for name, stage in config.finetuning.items()}
+    record = {"config": asdict(config), **finetuning, "versions": versions}
     record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
@@ -275,11 +307,12 @@ def train_start(config, out, seed, bar):
     """Fine-tune the starting policy. Its one row, step 0, begins the curve of every arm."""
     task = Addition(config.digits)
     model = GPT(GPTConfig(task.vocab_size, task.block_size), generator(seed, "init"))
-    bar.reset(total=config.sft_steps)
+    bar.reset(total=sum(stage.steps for stage in config.finetuning.values()))
     clock = time.perf_counter()
-    for record in supervised_finetune(model, task, SFTConfig(steps=config.sft_steps), generator(seed, "sft")):
-        bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
-        bar.update()
+    for name, stage in config.finetuning.items():
+        for record in supervised_finetune(model, task, stage, generator(seed, name)):
+            bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
+            bar.update()
     seconds = {"train_seconds": time.perf_counter() - clock}
     probe = start_probe(config, task, model, seed)
     log_row(config, out, seed, "sft", {**NO_UPDATE, **NOTHING_YET}, task, model, probe, seconds)
@@ -312,12 +345,13 @@ def train_arm(config, out, seed, arm, bar):
 
 def updates(config, seed, arm, task, model):
     """Train `model` as the arm does: a generator of records, one per update, like train_rl's."""
-    draws = generator(seed, "rl")
-    if arm in ("ft", "lp-ft"):  # demonstrations of S without noise, in place of rewards
-        steps = config.rl(arm).classifier_steps
+    draws, rl = generator(seed, "rl"), config.rl(arm)
+    imitated = config.rl_steps if arm in ("ft", "lp-ft") else config.rl_steps - rl.steps
+    if imitated:  # demonstrations of S without noise, in place of rewards or before them
         sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
-        for record in supervised_finetune(model, task, SFTConfig(config.rl_steps, steps, **sft), draws):
+        for record in supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws):
             yield {**NO_UPDATE, "step": record["step"], "stage": record["stage"]}
+    if arm in ("ft", "lp-ft"):
         return
     if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
         twin = copy.deepcopy(model)
@@ -327,25 +361,8 @@ def updates(config, seed, arm, task, model):
         with torch.no_grad():
             distance = (twin.classifier.weight - model.classifier.weight).norm()
             model.classifier.weight += direction * distance / direction.norm()
-    if flips_coins(arm):
-        task = CoinFlips(config.digits, generator(seed, "coins"))
-    yield from train_rl(model, task, config.rl(arm), draws)
-
-
-def flips_coins(arm):
-    """Whether its rewards are random, so that there is nothing to learn."""
-    return arm.startswith("random-reward")
-
-
-class CoinFlips(Addition):
-    """The same prompts with rewards that mean nothing: the control for what RL does whatever the reward."""
-
-    def __init__(self, digits, generator):
-        super().__init__(digits)
-        self.generator = generator
-
-    def verify(self, prompt, response):
-        return float(torch.rand((), generator=self.generator) < 0.5)
+    for record in train_rl(model, task, rl, draws):
+        yield {**record, "step": imitated + record["step"]}
 
 
 def load_policy(config, out, arm, seed):
@@ -374,9 +391,15 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     clock, step = time.perf_counter(), record["step"]
     prompts = config.final_prompts if step in (0, config.rl_steps) else config.eval_prompts
     measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
-    measures |= dict.fromkeys(BEST_OF + KERNEL, math.nan)
+    measures |= dict.fromkeys(BEST_OF + SELECTION + KERNEL, math.nan)
     if step in (0, config.rl_steps):
         measures |= diversity(model, task, task.heldout_pairs[: config.eval_prompts], generator(seed, "diversity"))
+        measures |= selection(
+            *(
+                patterns(policy, task, task.heldout_pairs[:prompts], generator(seed, "selection"))
+                for policy in (probe.start, model)
+            )
+        )
     if step in config.stage_ends:
         measures |= kernel_row(model, probe)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
@@ -386,6 +409,7 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
 
 
 BEST_OF = tuple(f"best_of_{2**i}" for i in range(7)) + ("different_answers",)
+SELECTION = ("gain_by_shares", "gain_by_success")
 KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
 KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
 
@@ -423,37 +447,8 @@ def cosines(features):
 
 # --------------------------------------------------------------------------------------------------------------- report
 
-COLUMNS = (  # of the table: heading, measure, format
-    ("accuracy", "accuracy", ".2f"),
-    ("greedy", "greedy", ".2f"),
-    ("pass@8", "pass_at_8", ".2f"),
-    ("entropy", "entropy", ".3f"),
-    ("top-1", "confidence", ".3f"),
-    ("D/S/G", "shares", ".2f"),
-    ("updates", "updates_to_threshold", ".0f"),
-    ("sec", "train_seconds", ".0f"),
-)
-MICROSCOPE = (  # the rise in confidence, and its shares
-    ("top-1 rises by", "confidence_change", ".3f"),
-    ("through W", "confidence_by_W", ".0%"),
-    ("through the body", "confidence_by_body", ".0%"),
-    ("beyond first order", "confidence_residual", ".0%"),
-)
-
-
-DIVERSITY = tuple((f"pass@{name.removeprefix('best_of_')}", name, ".2f") for name in BEST_OF[:-1]) + (
-    ("answers in 64", "different_answers", ".1f"),
-)
-PAIRED = (  # differences, seed by seed
-    ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
-    ("accuracy", "accuracy", "+.3f"),
-    ("entropy", "entropy", "+.3f"),
-    ("top-1, fixed states", "probe_confidence", "+.3f"),
-    ("pass@64", "best_of_64", "+.3f"),
-    ("answers in 64", "different_answers", "+.1f"),
-)
-CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
+CURVES = ("step", "accuracy", "entropy", "confidence", "share_D", "share_S", "success_S")
+CURVES += ("agreement_prompt", "agreement_continuation")
 
 
 def summarise(config, out):
@@ -490,85 +485,6 @@ def summarise(config, out):
     return summary
 
 
-def over_seeds(values, form):
-    """The mean, with its 95% interval if there are several values; in how many never, if None is among them."""
-    if None in values:
-        return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
-    n, text = len(values), f"{statistics.fmean(values):{form}}"
-    if n == 1:
-        return text
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
-    return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
-
-
-def cell(arm, name, form):
-    """A measure of an arm over its seeds; empty if it has none."""
-    if name == "shares":  # three means in one cell
-        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
-    return over_seeds(arm[name], form) if arm.get(name) else ""
-
-
-def table(summary, columns=COLUMNS):
-    """The rows of a table of results as lists of text, the heading first."""
-    rows = [["arm"] + [heading for heading, _, _ in columns]]
-    for name, arm in summary.items():
-        rows.append([name] + [cell(arm, *column[1:]) for column in columns])
-    return rows
-
-
-def microscope_table(summary):
-    """Each arm's rise in confidence on the probe over all updates, and the share of it that each component explains."""
-    arms = {name: dict(arm) for name, arm in summary.items() if name != "sft" and not flips_coins(name)}  # with a rise
-    for arm in arms.values():
-        for _, part, _ in MICROSCOPE[1:]:
-            pairs = zip(arm[part], arm["confidence_change"], strict=True)
-            arm[part] = [value / total if total else math.nan for value, total in pairs]
-    return table(arms, MICROSCOPE)
-
-
-def paired_table(summary, base="rl"):
-    """Each arm minus another or minus sft, seed by seed: what the arms of a seed share, their start say, cancels."""
-    base, rows = summary[base], {}
-    for name, arm in summary.items():
-        if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
-            rows[name] = {m: [x - y for x, y in zip(arm[m], base[m], strict=True)] for _, m, _ in PAIRED}
-    return table(rows, PAIRED)
-
-
-def sparkline(curves, top):
-    """The mean over seeds of several curves, from 0 to `top`, as one line of blocks."""
-    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)
-
-
-def verdict(config, summary):
-    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds.
-
-    Differences below the distance of two evaluations are ties.
-    """
-    arms = ("rl", "cf-rl", "rl-classifier-lr")
-    if not all(arm in summary for arm in arms):
-        return f"No verdict without all of {', '.join(arms)}."
-    updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
-    rl, cf_rl, control = (statistics.median(values) for values in updates)
-    if min(rl, cf_rl) == math.inf:
-        return f"No verdict: neither rl nor cf-rl reached held-out accuracy {config.threshold:g}."
-    took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
-    if abs(rl - cf_rl) <= config.eval_every:
-        faster, cause = "about as fast", "so there is no speed-up to explain"
-    elif cf_rl > rl:
-        faster, cause = "slower", "so there is no speed-up to explain"
-    elif control <= cf_rl + config.eval_every:
-        faster, cause = "faster", "so what helped is the classifier's learning rate, not training the classifier first"
-    else:
-        faster, cause = "faster", "so training the classifier first helped, beyond its learning rate"
-    seeds = f"medians of {config.seeds} seeds" if config.seeds > 1 else "one seed"
-    return (
-        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]} "
-        f"({seeds}): cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
-    )
-
-
 def show_answers(config, out, prompts):
     """Each policy's most likely response to each prompt with the verifier's verdict, and its score in 8 samples."""
     for prompt in prompts:
@@ -581,29 +497,8 @@ def show_answers(config, out, prompts):
                 print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {arm}")
 
 
-def print_table(rows):
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
-
-
 def print_report(config, out, summary):
-    print()
-    print_table(table(summary))
-    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft to the end")
-    top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
-    for arm in config.arm_list:
-        if arm in summary:
-            curves = summary[arm]["curves"]
-            print(f"  {arm:17} {sparkline(curves['accuracy'], 1)}  {sparkline(curves['entropy'], top)}")
-    print("\nunder the microscope: what raised the top-1 probability on fixed states")
-    print_table(microscope_table(summary))
-    if config.seeds > 1:
-        print("\nwhat more samples buy: pass@k, and different answers, of 64 samples")
-        print_table(table(summary, DIVERSITY))
-    if config.seeds > 1 and "rl" in summary:
-        print("\nminus rl, seed by seed")
-        print_table(paired_table(summary))
+    print_tables(config, summary)
     print("\nheld-out sums: the most likely response, judged by the verifier")
     task = Addition(config.digits)
     show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])

@@ -18,10 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 import train_toy  # noqa: E402
+from assets import tables  # noqa: E402
+from assets.tables import over_seeds  # noqa: E402
 from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
+from model import kl_divergence  # noqa: E402
 from ntk import agreement, logit_change  # noqa: E402
-from train_toy import over_seeds  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results.json"
 
@@ -55,6 +59,25 @@ def plot_curves(config, summary, path):
     figure.savefig(path, format="png", dpi=150)
 
 
+def plot_patterns(results, path):
+    """The best pattern's share in two regimes, and accuracy under internal feedback."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    panels = {"regime-1": "share_S", "regime-2": "share_S", "rlif": "accuracy"}
+    for axes, (experiment, name) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        config, summary = results[experiment]
+        for colour, arm in zip(COLOURS, config.arm_list, strict=False):
+            if name == "accuracy" or config.rl(arm).reward == "verifier":
+                curves = summary[arm]["curves"]
+                plot_band(axes, curves["step"][0], curves[name], arm, "-", colour)
+        label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
+        axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
+        axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
+        axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
 def plot_diversity(results, path):
     """pass@k against k, before and after RL, for each starting policy."""
     from matplotlib.figure import Figure
@@ -62,7 +85,7 @@ def plot_diversity(results, path):
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, experiment in zip(figure.subplots(1, 2), ("confidence", "learning"), strict=True):
         _, summary = results[experiment]
-        names = [name for _, name, _ in train_toy.DIVERSITY[:-1]]
+        names = [name for _, name, _ in tables.DIVERSITY[:-1]]
         shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
         for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
             curves = list(zip(*(summary[arm][name] for name in names), strict=True))
@@ -99,6 +122,10 @@ def at(summary, arm, name, step, rows="stages"):
         values[steps.index(step)]
         for values, steps in zip(summary[arm][rows][name], summary[arm][rows]["step"], strict=True)
     ]
+
+
+def without_start(summary):
+    return {arm: measures for arm, measures in summary.items() if arm != "sft"}
 
 
 def agreement_table(summary, arms):
@@ -163,13 +190,23 @@ def by_position(config, out):
     return measures
 
 
-def position_table(measures):
-    forms = {
-        "mean cosine": ("cosine", ".2f"),
-        "positive": ("positive", ".0%"),
-        "R alone and R + G": ("agreement", ".2f"),
-    }
-    positions = range(min(map(len, measures["cosine"])))
+def flow_slope(shares, values):
+    """theta'_r = pi_r (p_r - sum_s pi_s p_s): the gradient of the expected value, shares (K,), values (K,) -> (K,)."""
+    return shares * (values - (shares * values).sum())
+
+
+def flow(shares, values, steps, dt=0.1):
+    """The exact expected gradient flow among patterns of fixed success rates (Chen et al., arXiv 2506.04695), by
+    Euler's steps: yields the shares (K,), from the given ones on."""
+    theta = shares.log()
+    for _ in range(steps):
+        yield theta.softmax(dim=0)
+        theta = theta + dt * flow_slope(theta.softmax(dim=0), values)
+
+
+def position_table(measures, **forms):
+    """forms are heading=(measure, format)."""
+    positions = range(min(len(seed) for name, _ in forms.values() for seed in measures[name]))
     rows = [["tokens into the response", *map(str, positions)]]
     for heading, (name, form) in forms.items():
         rows.append([heading] + [over_seeds([seed[t] for seed in measures[name]], form) for t in positions])
@@ -178,7 +215,7 @@ def position_table(measures):
 
 def stage_table(config, summary, columns, arms):
     """What is measured at the ends of the stages, as medians (and ranges) over the seeds: of the start, which all arms
-    share, then of each arm. columns are (heading, measure, format), as for train_toy.table."""
+    share, then of each arm. columns are (heading, measure, format), as for tables.table."""
     rows = [["policy"] + [heading for heading, _, _ in columns]]
     for arm in arms:
         for step in config.stage_ends:
@@ -190,6 +227,65 @@ def stage_table(config, summary, columns, arms):
     return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
 
 
+def changes_by_position(config, out, arm="rl"):
+    """{measure: [[a value per position], per seed]} on an arm's own responses: in how many states its likeliest token
+    is another than the start's, and KL(arm || start) in nats, which adds up to that of whole responses."""
+    measures = {"changed": [], "kl": []}
+    for seed, _ in config.jobs(arm):
+        (task, start), (_, model) = (train_toy.load_policy(config, out, name, seed) for name in ("sft", arm))
+        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[: config.final_prompts].tolist()]
+        batch = rollout(model, task, prompts, train_toy.SAMPLES, train_toy.generator(seed, "by position"))
+        with torch.no_grad():
+            logits, reference = batch.state_logits, start(batch.tokens)[batch.state_mask]  # (N, V) twice
+        position = (batch.state_mask.cumsum(dim=1) - 1)[batch.state_mask]  # (N,)
+        changed = (logits.argmax(dim=1) != reference.argmax(dim=1)).float()
+        for name, values in (("changed", changed), ("kl", kl_divergence(logits, reference))):
+            measures[name].append([values[position == t].mean().item() for t in range(int(position.max()) + 1)])
+    return measures
+
+
+def dip_table(config, summary):
+    """The lowest share of the best pattern, seed by seed: along the exact flow from the start's own shares and success
+    rates, and as trained."""
+    rows = [["the lowest share of S", *(f"seed {seed}" for seed in summary["sft"]["seed"])]]
+    start = summary["sft"]
+    lowest = []
+    for i in range(config.seeds):
+        shares, success = (
+            torch.tensor([start[f"{what}_{pattern}"][i] for pattern in "DSG"], dtype=torch.float64)
+            for what in ("share", "success")
+        )
+        lowest.append(min(pi[1].item() for pi in flow(shares / shares.sum(), success, steps=20_000)))
+    paths = {"at the start": [[x] for x in start["share_S"]], "the exact flow": [[x] for x in lowest]}
+    paths |= {arm: summary[arm]["curves"]["share_S"] for arm in config.arm_list}
+    for name, values in paths.items():
+        rows.append([name] + [f"{min(path):.4f}" for path in values])
+    return markdown(*rows)
+
+
+def feedback_table(config, summary):
+    """Accuracy's course: at the start, at its highest and at the end, and there the patterns."""
+    rows = [["arm", "start", "highest", "at update", "end", "D/S/G at the end", "S right, start", "S right, end"]]
+    for arm in config.arm_list:
+        curves = summary[arm]["curves"]
+        accuracy, tops = curves["accuracy"], [max(curve) for curve in curves["accuracy"]]
+        when = [steps[curve.index(top)] for curve, top, steps in zip(accuracy, tops, curves["step"], strict=True)]
+        rows.append([arm, over_seeds([curve[0] for curve in accuracy], ".2f"), over_seeds(tops, ".2f")])
+        rows[-1] += [over_seeds(when, ".0f"), over_seeds([curve[-1] for curve in accuracy], ".2f")]
+        rows[-1].append(tables.cell(summary[arm], "shares", ".2f"))
+        rows[-1] += [over_seeds([curve[i] for curve in curves["success_S"]], ".2f") for i in (0, -1)]
+    return markdown(*rows)
+
+
+KL_COLUMNS = (
+    ("accuracy", "accuracy", ".2f"),
+    ("accuracy over the run", "accuracy_over_the_run", ".2f"),
+    ("entropy", "entropy", ".3f"),
+    ("KL to the start", "kl", ".2f"),
+    ("pass@8", "best_of_8", ".2f"),
+    ("pass@64", "best_of_64", ".2f"),
+    ("answers in 64", "different_answers", ".1f"),
+)
 KERNEL_COLUMNS = (
     ("norm of R", "kernel_R", ".0f"),
     ("norm of G", "kernel_G", ".0f"),
@@ -210,28 +306,43 @@ FEATURE_COLUMNS = (
 def sections(results, positions):
     """{name of a report mark: what the README says there}."""
     config, summary = results["confidence"]
-    rl = [arm for arm in config.arm_list if not train_toy.flips_coins(arm)]
+    rl = [arm for arm in config.arm_list if config.rl(arm).reward == "verifier"]
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
     count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
-    paired, learning = train_toy.paired_table, results["learning"]
+    paired, learning = tables.paired_table, results["learning"]
     return {
         "size": f"It is {sum(count.values())} lines of code in four files, comments, docstrings and blanks aside.",
-        "table": markdown(*train_toy.table(summary)),
-        "microscope": markdown(*train_toy.microscope_table(summary)),
+        "table": markdown(*tables.table(summary)),
+        "microscope": markdown(*tables.table({arm: summary[arm] for arm in rl}, tables.MICROSCOPE)),
         "paired": markdown(*paired(summary)),
         "change": markdown(*paired(summary, "sft")),
-        "learning": markdown(*train_toy.table(learning[1])),
+        "learning": markdown(*tables.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
         "agreement": agreement_table(summary, rl),
-        "positions": position_table(positions),
+        "positions": position_table(
+            positions,
+            **{"mean cosine": ("cosine", ".2f"), "positive": ("positive", ".0%")},
+            **{"R alone and R + G": ("agreement", ".2f")},
+        ),
+        "where": position_table(
+            positions, **{"another likeliest token": ("changed", ".1%"), "KL (nats)": ("kl", ".3f")}
+        ),
+        "selection": markdown(*tables.table({arm: summary[arm] for arm in rl}, tables.SELECTION)),
+        "learning selection": markdown(*tables.table(without_start(learning[1]), tables.SELECTION)),
+        "regime-1": markdown(*tables.table(results["regime-1"][1])),
+        "regime-2": markdown(*tables.table(results["regime-2"][1])),
+        "dip": dip_table(*results["regime-2"]),
+        "rlif": feedback_table(*results["rlif"]),
+        "rlif, regime-1": feedback_table(*results["regime-1"]),
+        "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
-        "verdict": textwrap.fill(train_toy.verdict(config, summary), 118),
+        "verdict": textwrap.fill(tables.verdict(config, summary), 118),
         "spread": textwrap.fill(
             f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "
             f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
@@ -244,18 +355,24 @@ def sections(results, positions):
     }
 
 
-def rewrite(readme, texts):
-    """The README with the text after each `<!-- report: NAME -->` replaced, up to `<!-- end -->`."""
+PAGES = (ROOT / "README.md", ROOT / "assets" / "results.md")
+
+
+def rewritten(texts):
+    """{page: its text with what follows each `<!-- report: NAME -->` replaced, up to `<!-- end -->`}. ValueError for a
+    name that has no mark."""
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for name, text in texts.items():
         mark = re.compile(rf"(<!-- report: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not mark.search(readme):
-            raise ValueError(f"README.md has no mark for {name}")
-        readme = mark.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
-    return readme
+        if not any(map(mark.search, pages.values())):
+            raise ValueError(f"no page has a mark for {name}")
+        for page, old in pages.items():
+            pages[page] = mark.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", old)
+    return pages
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}, and what by_position found for the starting policies of the first."""
+    """{experiment: (its Config, its summary)}, and what the first one's policies do by position."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     results = {name: (train_toy.Config(**run["config"]), run["summary"]) for name, run in runs.items()}
     return results, runs["confidence"]["positions"]
@@ -274,15 +391,16 @@ def main():
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if experiments[config] == "confidence":
-            record["positions"] = by_position(config, out)
+            record["positions"] = by_position(config, out) | changes_by_position(config, out)
         stored[experiments[config]] = record
     train_toy.write_text(RESULTS, json.dumps(stored) + "\n")
     results, positions = load_results()
     config, summary = results["confidence"]
     plot_curves(dataclasses.replace(config, arms=train_toy.CONTROLS), summary, ROOT / "assets" / "curves.png")
     plot_diversity(results, ROOT / "assets" / "diversity.png")
-    readme = ROOT / "README.md"
-    train_toy.write_text(readme, rewrite(readme.read_text(encoding="utf-8"), sections(results, positions)))
+    plot_patterns(results, ROOT / "assets" / "patterns.png")
+    for page, text in rewritten(sections(results, positions)).items():
+        train_toy.write_text(page, text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from tiny import generator, tiny_gpt
 
 import train_toy
+from assets import tables
 from assets.report import by_position
 from minicfrl import make_probe
 from ntk import empirical_ntk
@@ -172,14 +173,6 @@ def test_the_kernel_s_columns_are_what_the_readme_says():
         assert row[f"centred_{kind}"] == pytest.approx((sum(c * c for c in centred) / len(pairs)) ** 0.5)
 
 
-def test_the_microscope_s_shares_are_those_of_each_seed():
-    arm = {"confidence_change": [0.2, 0.1], "confidence_by_W": [0.1, 0.1]}
-    arm |= {"confidence_by_body": [0.1, 0.0], "confidence_residual": [0.0, 0.0]}
-    heading, row = train_toy.microscope_table({"sft": {}, "rl": arm})
-    assert heading == ["arm", "top-1 rises by", "through W", "through the body", "beyond first order"]
-    assert row == ["rl", "0.150 ±0.635", "75% ±318%", "25% ±318%", "0% ±0%"]
-
-
 def test_the_arms_are_what_the_readme_says():
     config = train_toy.Config(rl_steps=50, classifier_steps=7, lr=1e-3, classifier_lr=1e-2)
     arms = {arm: config.rl(arm) for arm in train_toy.ARMS}
@@ -194,20 +187,22 @@ def test_the_arms_are_what_the_readme_says():
         "body-first": (7, 1e-3, 1e-2, "body", "adam"),
         "random-reward": (0, 1e-3, 1e-2, "classifier", "adam"),
         "random-reward-sgd": (0, config.sgd_lr, 1e-2, "classifier", "sgd"),
+        "self-certainty": (0, 1e-3 / 8, 1e-2, "classifier", "adam"),
+        "self-certainty-sgd": (0, config.sgd_lr, 1e-2, "classifier", "sgd"),
+        "log-probability": (0, 1e-3 / 8, 1e-2, "classifier", "adam"),
+        "kl-0.3": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "kl-0.6": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "kl-1": (0, 1e-3, 1e-2, "classifier", "adam"),
         "random-w": (0, 1e-3, 1e-2, "classifier", "adam"),
+        "sft-rl-sgd": (0, config.sgd_lr, 1e-2, "classifier", "sgd"),
         "ft": (0, 1e-3, 1e-2, "classifier", "adam"),
         "lp-ft": (7, 1e-3, 1e-2, "classifier", "adam"),
     }
-
-
-def test_random_rewards_are_fair_coins_whatever_the_response():
-    """1,000 flips for a right answer and a wrong one: within 5 standard errors of 1/2, and a seed repeats them."""
-    flips = {}
-    for response in ("S0714;147", "D047"):
-        coins = [train_toy.CoinFlips(2, generator(0)) for _ in range(2)]
-        flips[response], again = ([coin.verify("93+54=", response) for _ in range(1000)] for coin in coins)
-        assert flips[response] == again and abs(sum(again) / 1000 - 0.5) < 5 * 0.5 / 1000**0.5
-    assert flips["S0714;147"] == flips["D047"]
+    rewards = {"random-reward": "coin flips", "self-certainty": "self-certainty", "log-probability": "log-probability"}
+    for arm, rl in arms.items():
+        assert rl.reward == rewards.get(arm.removesuffix("-sgd"), "verifier")
+        assert rl.kl == float(arm.removeprefix("kl-") if arm.startswith("kl-") else 0)
+        assert rl.steps == (43 if arm == "sft-rl-sgd" else 50)
 
 
 def test_random_reward_arms_learn_from_coins_and_are_evaluated_on_the_truth(only_stage_1):
@@ -244,12 +239,12 @@ def test_an_experiment_is_other_defaults_that_flags_override(name, monkeypatch, 
 
 def test_intervals_are_student_s_and_differences_are_paired_by_seed():
     """Three values 1, 2, 3: the mean's standard error is 1/sqrt(3), Student's t with 2 degrees of freedom 4.30."""
-    assert train_toy.cell({"x": [1.0, 2.0, 3.0]}, "x", ".2f") == "2.00 ±2.48"
-    assert train_toy.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.098"  # 1.96 x 0.5025 / 10
-    names = [name for _, name, _ in train_toy.PAIRED]
+    assert tables.cell({"x": [1.0, 2.0, 3.0]}, "x", ".2f") == "2.00 ±2.48"
+    assert tables.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.098"  # 1.96 x 0.5025 / 10
+    names = [name for _, name, _ in tables.PAIRED]
     summary = {"sft": {}, "rl": {"seed": [0, 1]} | dict.fromkeys(names, [1.0, 5.0])}
     summary |= {"cf-rl": {"seed": [0, 1]} | dict.fromkeys(names, [2.0, 6.0]), "kl": {"seed": [0]}}
-    heading, row = train_toy.paired_table(summary)
+    heading, row = tables.paired_table(summary)
     assert row == ["cf-rl"] + ["+1.000 ±0.000"] * 5 + ["+1.0 ±0.0"] and len(heading) == 7
 
 
@@ -396,7 +391,7 @@ def test_the_verdict_says_what_the_numbers_say():
     """Each of its endings, from made-up updates to the threshold; None stands for never, 4 apart is a tie."""
 
     def verdict(rl, cf_rl, control):
-        return train_toy.verdict(
+        return tables.verdict(
             train_toy.Config(seeds=len(rl)),
             {arm: {"updates_to_threshold": n} for arm, n in zip(ARMS, (rl, cf_rl, control), strict=True)},
         )

@@ -1,0 +1,140 @@
+"""What a run's summary says, as tables, curves and a sentence. train_toy.summarise makes the summary:
+{arm: {measure: [a value per seed]}}. A table is a list of rows of texts, the heading first."""
+
+import math
+import statistics
+
+from minicfrl import Addition
+
+# Columns: heading, measure, format.
+COLUMNS = (
+    ("accuracy", "accuracy", ".2f"),
+    ("greedy", "greedy", ".2f"),
+    ("pass@8", "pass_at_8", ".2f"),
+    ("entropy", "entropy", ".3f"),
+    ("top-1", "confidence", ".3f"),
+    ("D/S/G", "shares", ".2f"),
+    ("updates", "updates_to_threshold", ".0f"),
+    ("sec", "train_seconds", ".0f"),
+)
+MICROSCOPE = (
+    ("top-1 rises by", "confidence_change", ".3f"),
+    ("through W", "confidence_by_W", ".3f"),
+    ("through the body", "confidence_by_body", ".3f"),
+    ("beyond first order", "confidence_residual", ".3f"),
+)
+SELECTION = (
+    ("by shares", "gain_by_shares", "+.2f"),
+    ("by success", "gain_by_success", "+.2f"),
+    ("KL", "kl", ".2f"),
+    ("of the 1st token", "kl_first", ".2f"),
+    ("1st changed", "changed_first", ".0%"),
+    ("others", "changed_later", ".1%"),
+)
+DIVERSITY = tuple((f"pass@{2**i}", f"best_of_{2**i}", ".2f") for i in range(7)) + (
+    ("answers in 64", "different_answers", ".1f"),
+)
+PAIRED = (
+    ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
+    ("accuracy", "accuracy", "+.3f"),
+    ("entropy", "entropy", "+.3f"),
+    ("top-1, fixed states", "probe_confidence", "+.3f"),
+    ("pass@64", "best_of_64", "+.3f"),
+    ("answers in 64", "different_answers", "+.1f"),
+)
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
+
+
+def over_seeds(values, form):
+    """The mean, with its 95% interval if there are several values; in how many never, if None is among them."""
+    if None in values:
+        return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
+    n, text = len(values), f"{statistics.fmean(values):{form}}"
+    if n == 1:
+        return text
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
+    return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
+
+
+def cell(arm, name, form):
+    """A measure of an arm over its seeds; empty if it has none."""
+    if name == "shares":  # three means in one cell
+        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
+    return over_seeds(arm[name], form) if arm.get(name) else ""
+
+
+def table(summary, columns=COLUMNS):
+    """The rows of a table of results as lists of text, the heading first."""
+    rows = [["arm"] + [heading for heading, _, _ in columns]]
+    for name, arm in summary.items():
+        rows.append([name] + [cell(arm, *column[1:]) for column in columns])
+    return rows
+
+
+def paired_table(summary, base="rl"):
+    """Each arm minus another or minus sft, seed by seed: what the arms of a seed share, their start say, cancels."""
+    base, rows = summary[base], {}
+    for name, arm in summary.items():
+        if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
+            rows[name] = {m: [x - y for x, y in zip(arm[m], base[m], strict=True)] for _, m, _ in PAIRED}
+    return table(rows, PAIRED)
+
+
+def sparkline(curves, top):
+    """The mean over seeds of several curves, from 0 to `top`, as one line of blocks."""
+    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)
+
+
+def verdict(config, summary):
+    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds.
+
+    Differences below the distance of two evaluations are ties.
+    """
+    arms = ("rl", "cf-rl", "rl-classifier-lr")
+    if not all(arm in summary for arm in arms):
+        return f"No verdict without all of {', '.join(arms)}."
+    updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
+    rl, cf_rl, control = (statistics.median(values) for values in updates)
+    if min(rl, cf_rl) == math.inf:
+        return f"No verdict: neither rl nor cf-rl reached held-out accuracy {config.threshold:g}."
+    took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
+    if abs(rl - cf_rl) <= config.eval_every:
+        faster, cause = "about as fast", "so there is no speed-up to explain"
+    elif cf_rl > rl:
+        faster, cause = "slower", "so there is no speed-up to explain"
+    elif control <= cf_rl + config.eval_every:
+        faster, cause = "faster", "so what helped is the classifier's learning rate, not training the classifier first"
+    else:
+        faster, cause = "faster", "so training the classifier first helped, beyond its learning rate"
+    seeds = f"medians of {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    return (
+        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]} "
+        f"({seeds}): cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+    )
+
+
+def print_table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+
+
+def print_tables(config, summary):
+    print()
+    print_table(table(summary))
+    print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft to the end")
+    top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
+    trained = {name: arm for name, arm in summary.items() if name != "sft"}
+    for name, arm in trained.items():
+        print(f"  {name:18} {sparkline(arm['curves']['accuracy'], 1)}  {sparkline(arm['curves']['entropy'], top)}")
+    print("\nunder the microscope: what raised the top-1 probability on fixed states")
+    print_table(table(trained, MICROSCOPE))
+    print("\nselection of patterns: the rise of accuracy; where the policy left its start")
+    print_table(table(trained, SELECTION))
+    if config.seeds > 1:
+        print("\nwhat more samples buy: pass@k, and different answers, of 64 samples")
+        print_table(table(summary, DIVERSITY))
+    if config.seeds > 1 and "rl" in summary:
+        print("\nminus rl, seed by seed")
+        print_table(paired_table(summary))

@@ -315,7 +315,7 @@ def train_start(config, out, seed, bar):
             bar.update()
     seconds = {"train_seconds": time.perf_counter() - clock}
     probe = start_probe(config, task, model, seed)
-    log_row(config, out, seed, "sft", {**NO_UPDATE, **NOTHING_YET}, task, model, probe, seconds)
+    log_row(config, out, seed, "sft", NO_UPDATE, task, model, probe, seconds)
     return model
 
 
@@ -403,6 +403,7 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     if step in config.stage_ends:
         measures |= kernel_row(model, probe)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
+    record = {**NO_UPDATE, **NOTHING_YET, **record}  # so all rows have one order of columns
     training = {"batch_entropy" if name == "entropy" else name: value for name, value in record.items()}
     append_row(rows_file(out, arm, seed), {"arm": arm, "seed": seed, **training, **measures, **seconds})
     return measures["accuracy"]

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 def only_stage_1(tmp_path_factory):
     """A run in which nothing moves but the classifier in stage 1."""
     out = tmp_path_factory.mktemp("runs") / "only-stage-1"
-    assert run(out, "--arms", "cf-rl,random-w,lp-ft,random-reward-sgd", "--lr", "0", "--sgd-lr", "0") == 0
+    assert run(out, "--arms", "cf-rl,random-w,lp-ft,random-reward-sgd,sft-rl-sgd", "--lr", "0", "--sgd-lr", "0") == 0
     return out
 
 
@@ -85,6 +85,18 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
     assert list(summary) == ["sft", *ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
+
+
+def test_all_rows_have_the_same_columns_in_the_same_order(finished, only_stage_1):
+    """metrics.csv has one header for rows of all arms, of fine-tuning, of imitation and of RL. In each the tokens are a
+    whole number; reward, flat and gradient_norm are either all numbers or, where there was no update of RL, all nan."""
+    for out in (finished, only_stage_1):
+        headers = {part.read_text(encoding="utf-8").partition("\n")[0] for part in (out / "parts").glob("*.csv")}
+        assert len(headers) == 1
+        for row in rows_of(out):
+            rewarded = row["arm"] not in ("sft", "lp-ft") and (row["arm"], row["step"]) != ("sft-rl-sgd", "2")
+            assert {math.isnan(float(row[name])) for name in ("reward", "flat", "gradient_norm")} == {not rewarded}
+            assert row["tokens"].isdigit() and (row["tokens"] != "0") == rewarded
 
 
 def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(finished):
@@ -227,6 +239,23 @@ def test_linear_probing_moves_the_classifier_and_no_feature(only_stage_1):
     assert rows[0]["classifier_norm"] == rows[1]["classifier_norm"] != start["classifier_norm"]
 
 
+def test_fine_tuning_first_is_followed_by_rl_and_both_count_as_updates(only_stage_1):
+    """Updates 1 and 2 imitate, so there is no reward; 3 and 4 are rewarded."""
+    rows = [row for row in rows_of(only_stage_1) if row["arm"] == "sft-rl-sgd"]
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert [math.isnan(float(row["reward"])) for row in rows] == [True, False]
+
+
+def test_a_tilt_makes_patterns_common_or_rare(finished, tmp_path):
+    """After 60 updates of fine-tuning on three tenths of G, 150 more on nothing else."""
+    assert run(tmp_path / "tilted", "--tilt", "0,0,1", "--arms", "rl") == 0
+    start, tilted = (rows_of(out)[-1] for out in (finished, tmp_path / "tilted"))
+    assert start["arm"] == tilted["arm"] == "sft"
+    assert float(start["share_G"]) < 0.5 and float(tilted["share_G"]) > 0.9
+    record = json.loads((tmp_path / "tilted" / "config.json").read_text(encoding="utf-8"))
+    assert record["tilt"]["mixture"] == [0, 0, 1] and record["sft"]["steps"] == 60
+
+
 @pytest.mark.parametrize("name", train_toy.EXPERIMENTS)
 def test_an_experiment_is_other_defaults_that_flags_override(name, monkeypatch, tmp_path):
     seen = []
@@ -342,6 +371,8 @@ def test_plot_draws_a_picture(finished, tmp_path):
         (["--arms", "rl,rl"], "arm 'rl' is there twice"),
         (["--arms", ""], "arm '' is not one of rl, cf-rl"),
         (["--baseline", "median"], "baseline must be one of std, mean, rloo, none, not 'median'"),
+        (["--tilt", "0.8,few"], "tilt must be shares such as 0.8,0.01,0.19, not '0.8,few'"),
+        (["--tilt", "0.5,0.5"], "mixture=(0.5, 0.5) does not give one share for each of DSG"),
         (["--lr", "nan"], "lr must be finite and not negative, not nan"),
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),

@@ -7,25 +7,28 @@ import torch
 
 import minicfrl
 import train_toy
-from assets.report import load_results, rewrite, sections
+from assets.report import load_results, rewritten, sections
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "assets" / "results.md").read_text(encoding="utf-8")
 
 
 def tags(text):
-    return set(re.findall(r"\(E\d\)", text))
+    return set(re.findall(r"\(E\d+\)", text))
 
 
 def test_every_equation_of_the_readme_has_its_line_of_code_and_the_other_way_round():
     code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "minicfrl.py", "ntk.py"))
-    implemented = tags("".join(re.findall(r"# .*?\(E\d\)|\(E\d\)$", code, re.MULTILINE)))
+    implemented = tags("".join(re.findall(r"# .*?\(E\d+\)|\(E\d+\)$", code, re.MULTILINE)))
     assert tags(README) == tags(code) == implemented
 
 
-def test_the_numbers_of_the_readme_are_those_that_the_report_writes():
-    """assets/results.json is the report's copy of a run: from it the README is written again, to the character."""
-    assert rewrite(README, sections(*load_results())) == README
+def test_the_numbers_of_the_pages_are_those_that_the_report_writes():
+    """assets/results.json is the report's copy of the runs: from it the pages are written again, to the character."""
+    texts = sections(*load_results())
+    assert list(rewritten(texts).values()) == [README, RESULTS]
+    assert set(re.findall(r"<!-- report: (.*?) -->", README + RESULTS)) == set(texts)
 
 
 def test_the_smallest_row_of_the_results_comes_out_again(tmp_path):
@@ -44,11 +47,11 @@ def test_the_smallest_row_of_the_results_comes_out_again(tmp_path):
         assert low - (high - low) - tolerance <= row[name] <= high + (high - low) + tolerance
 
 
-def test_the_readme_explains_every_column_of_the_metrics():
+def test_the_results_explain_every_column_of_the_metrics():
     _, summary = load_results()[0]["confidence"]
     not_columns = {"curves", "stages", "accuracy_over_the_run", "updates_to_threshold", "full_updates_to_threshold"}
     columns = set(summary["rl"]) - not_columns
-    explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", README, re.MULTILINE) for name in line.split(", ")}
+    explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", RESULTS, re.MULTILINE) for name in line.split(", ")}
     assert columns <= explained
 
 

@@ -3,9 +3,9 @@
 CF-RL (Tomihari, arXiv 2601.04670) is policy-gradient RL in two stages: first the classifier W alone, then the whole
 policy. This file holds all of it but the policy itself (model.py): the task and its verifier, rollouts, group
 advantages (E2), the policy-gradient loss (E3), the same gradient for W written out by hand (E4), the two stages (E5),
-an optional KL penalty (E6), the supervised fine-tuning that makes the starting policy, and the evaluation. Left out on
-purpose: replay, ratio clipping, several updates per batch, temperature, a Trainer. Every batch is sampled from the
-policy it updates.
+an optional KL penalty (E6), the supervised fine-tuning that makes the starting policy, and the evaluation, which also
+tells whether RL selected reasoning patterns or improved them (E10). Left out on purpose: replay, ratio clipping,
+several updates per batch, temperature, a Trainer. Every batch is sampled from the policy it updates.
 
 Shapes: P prompts, G samples per prompt, R = P*G rows, T tokens, L = T-1 states, V vocabulary, d features. A state is
 the position a token is predicted FROM, so the response token at t was chosen by the state at t-1. Entropy is in nats.
@@ -220,11 +220,14 @@ def reward_by(kind: str, batch: Rollout, generator=None) -> Tensor:
     verifier         the task's own: is the answer right?
     coin flips       0 or 1, whatever the response: the control for what RL does without anything to learn
     self-certainty   KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)
-    log-probability  log pi(response) in nats. Its policy gradient is exactly minus the gradient of the responses'
-                     entropy: grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation
+    log-probability  log pi(response) in nats. Its policy gradient (no std) is exactly minus the responses' entropy's:
+                     grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation
 
     The last two are internal feedback: the policy is its own judge. They are constants, never differentiated.
+    ValueError for another kind.
     """
+    if kind not in REWARDS:
+        raise ValueError(f"reward must be one of {', '.join(REWARDS)}, not {kind!r}")
     if kind == "verifier":
         return batch.rewards
     if kind == "coin flips":
@@ -589,7 +592,8 @@ def evaluate(
     """Measure the policy on the prompts of `pairs` (B, 2), with `samples` samples each, and on the probe's states.
 
     Confidence appears twice, since RL moves the states as well as what is predicted there: entropy and confidence on
-    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. README lists every key.
+    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every key is explained in
+    assets/results.md.
     """
     prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
     batch = rollout(model, task, prompts, samples, generator)

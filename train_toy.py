@@ -133,7 +133,7 @@ class Config:
                 )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
-        self.finetuning  # noqa: B018  these check their arguments
+        self.finetuning()  # this checks its arguments, and so do
         Addition(self.digits)
         for arm in self.arm_list:
             self.rl(arm)
@@ -147,7 +147,6 @@ class Config:
         """The updates after which a stage of CF-RL is over; 0 is the start."""
         return 0, self.classifier_steps, self.rl_steps
 
-    @property
     def finetuning(self):
         """What makes the starting policy: SFTConfigs, one after the other."""
         stages = {"sft": SFTConfig(steps=self.sft_steps)}
@@ -231,7 +230,7 @@ def open_out(out, config):
     """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
     versions["python"] = sys.version.split()[0]
-    finetuning = {name: asdict(stage) for name, stage in config.finetuning.items()}
+    finetuning = {name: asdict(stage) for name, stage in config.finetuning().items()}
     record = {"config": asdict(config), **finetuning, "versions": versions}
     record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
     out.mkdir(parents=True, exist_ok=True)
@@ -307,9 +306,9 @@ def train_start(config, out, seed, bar):
     """Fine-tune the starting policy. Its one row, step 0, begins the curve of every arm."""
     task = Addition(config.digits)
     model = GPT(GPTConfig(task.vocab_size, task.block_size), generator(seed, "init"))
-    bar.reset(total=sum(stage.steps for stage in config.finetuning.values()))
+    bar.reset(total=sum(stage.steps for stage in config.finetuning().values()))
     clock = time.perf_counter()
-    for name, stage in config.finetuning.items():
+    for name, stage in config.finetuning().items():
         for record in supervised_finetune(model, task, stage, generator(seed, name)):
             bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
             bar.update()
@@ -389,17 +388,14 @@ NOTHING_YET = {"tokens": 0} | {
 def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     """Evaluate, with the same random numbers each time: only the policy differs. Append a row; return the accuracy."""
     clock, step = time.perf_counter(), record["step"]
-    prompts = config.final_prompts if step in (0, config.rl_steps) else config.eval_prompts
-    measures = evaluate(model, task, task.heldout_pairs[:prompts], probe, generator(seed, "evaluation"), SAMPLES)
-    measures |= dict.fromkeys(BEST_OF + SELECTION + KERNEL, math.nan)
-    if step in (0, config.rl_steps):
-        measures |= diversity(model, task, task.heldout_pairs[: config.eval_prompts], generator(seed, "diversity"))
-        measures |= selection(
-            *(
-                patterns(policy, task, task.heldout_pairs[:prompts], generator(seed, "selection"))
-                for policy in (probe.start, model)
-            )
-        )
+    some, all_pairs = (task.heldout_pairs[:prompts] for prompts in (config.eval_prompts, config.final_prompts))
+    at_end = step in (0, config.rl_steps)
+    measures = evaluate(model, task, all_pairs if at_end else some, probe, generator(seed, "evaluation"), SAMPLES)
+    measures |= dict.fromkeys(AT_ENDS + KERNEL, math.nan)
+    if at_end:
+        measures |= diversity(model, task, some, generator(seed, "diversity"))
+        policies = (probe.start, model)
+        measures |= selection(*(patterns(policy, task, all_pairs, generator(seed, "selection")) for policy in policies))
     if step in config.stage_ends:
         measures |= kernel_row(model, probe)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock
@@ -409,8 +405,7 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     return measures["accuracy"]
 
 
-BEST_OF = tuple(f"best_of_{2**i}" for i in range(7)) + ("different_answers",)
-SELECTION = ("gain_by_shares", "gain_by_success")
+AT_ENDS = tuple(f"best_of_{2**i}" for i in range(7)) + ("different_answers", "gain_by_shares", "gain_by_success")
 KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
 KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
 

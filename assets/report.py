@@ -204,11 +204,11 @@ def flow(shares, values, steps, dt=0.1):
         theta = theta + dt * flow_slope(theta.softmax(dim=0), values)
 
 
-def position_table(measures, **forms):
-    """forms are heading=(measure, format)."""
-    positions = range(min(len(seed) for name, _ in forms.values() for seed in measures[name]))
+def position_table(measures, columns):
+    """columns are (heading, measure, format), as for tables.table; here they are rows."""
+    positions = range(min(len(seed) for _, name, _ in columns for seed in measures[name]))
     rows = [["tokens into the response", *map(str, positions)]]
-    for heading, (name, form) in forms.items():
+    for heading, name, form in columns:
         rows.append([heading] + [over_seeds([seed[t] for seed in measures[name]], form) for t in positions])
     return markdown(*rows)
 
@@ -255,11 +255,29 @@ def dip_table(config, summary):
             torch.tensor([start[f"{what}_{pattern}"][i] for pattern in "DSG"], dtype=torch.float64)
             for what in ("share", "success")
         )
-        lowest.append(min(pi[1].item() for pi in flow(shares / shares.sum(), success, steps=20_000)))
+        lowest.append(min(pi[1].item() for pi in flow(shares / shares.sum(), success, steps=400, dt=1.0)))
     paths = {"at the start": [[x] for x in start["share_S"]], "the exact flow": [[x] for x in lowest]}
     paths |= {arm: summary[arm]["curves"]["share_S"] for arm in config.arm_list}
     for name, values in paths.items():
         rows.append([name] + [f"{min(path):.4f}" for path in values])
+    return markdown(*rows)
+
+
+def second_paper_table(results):
+    """Accuracy's course, what its change is due to (E10), and where the patterns end: an arm of an experiment a row."""
+    rows = [
+        ["experiment", "arm", "start", "highest", "end", "by shares", "by success", "S at its lowest", "D/S/G, end"]
+    ]
+    shown = {"confidence": ["rl"], "learning": ["rl"]}
+    shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}
+    for experiment, arms in shown.items():
+        for arm in arms:
+            measures = results[experiment][1][arm]
+            accuracy, share_S = (measures["curves"][name] for name in ("accuracy", "share_S"))
+            courses = [[f(curve) for curve in accuracy] for f in (lambda curve: curve[0], max, lambda curve: curve[-1])]
+            rows.append([experiment, arm, *(over_seeds(values, ".2f") for values in courses)])
+            rows[-1] += [tables.cell(measures, f"gain_by_{cause}", "+.2f") for cause in ("shares", "success")]
+            rows[-1] += [over_seeds([min(path) for path in share_S], ".3f"), tables.cell(measures, "shares", ".2f")]
     return markdown(*rows)
 
 
@@ -277,6 +295,12 @@ def feedback_table(config, summary):
     return markdown(*rows)
 
 
+LIKENESS_COLUMNS = (
+    ("mean cosine", "cosine", ".2f"),
+    ("positive", "positive", ".0%"),
+    ("R alone and R + G", "agreement", ".2f"),
+)
+CHANGE_COLUMNS = (("likeliest token changed", "changed", ".1%"), ("KL (nats)", "kl", ".3f"))
 KL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
     ("accuracy over the run", "accuracy_over_the_run", ".2f"),
@@ -322,18 +346,13 @@ def sections(results, positions):
         "learning": markdown(*tables.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
         "agreement": agreement_table(summary, rl),
-        "positions": position_table(
-            positions,
-            **{"mean cosine": ("cosine", ".2f"), "positive": ("positive", ".0%")},
-            **{"R alone and R + G": ("agreement", ".2f")},
-        ),
-        "where": position_table(
-            positions, **{"another likeliest token": ("changed", ".1%"), "KL (nats)": ("kl", ".3f")}
-        ),
+        "positions": position_table(positions, LIKENESS_COLUMNS),
+        "where": position_table(positions, CHANGE_COLUMNS),
         "selection": markdown(*tables.table({arm: summary[arm] for arm in rl}, tables.SELECTION)),
         "learning selection": markdown(*tables.table(without_start(learning[1]), tables.SELECTION)),
         "regime-1": markdown(*tables.table(results["regime-1"][1])),
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
+        "second paper": second_paper_table(results),
         "dip": dip_table(*results["regime-2"]),
         "rlif": feedback_table(*results["rlif"]),
         "rlif, regime-1": feedback_table(*results["regime-1"]),

@@ -196,6 +196,8 @@ def test_coin_flips_are_fair_whatever_the_response_and_a_seed_repeats_them():
         flips = reward_by("coin flips", batch, generator(0))
         assert flips.unique().tolist() == [0, 1] and abs(flips.mean() - 0.5) < 5 * 0.5 / 10_000**0.5
         assert (flips == reward_by("coin flips", batch, generator(0))).all()
+    with pytest.raises(ValueError, match="reward must be one of verifier, .*, not 'praise'"):
+        reward_by("praise", batch)
 
 
 # ------------------------------------------------------------------------------------------- what a change is due to

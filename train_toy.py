@@ -68,7 +68,6 @@ ARMS = {
     "self-certainty-sgd": lambda config: {**ARMS["rl-sgd"](config), "reward": "self-certainty"},
     "log-probability": lambda config: {**PLAIN, "reward": "log-probability", "lr": config.lr / 8},
     "kl-0.3": lambda config: {**PLAIN, "kl": 0.3},
-    "kl-0.6": lambda config: {**PLAIN, "kl": 0.6},
     "kl-1": lambda config: {**PLAIN, "kl": 1.0},
     "random-w": lambda config: PLAIN,
     "sft-rl-sgd": lambda config: {**ARMS["rl-sgd"](config), "steps": config.rl_steps - config.classifier_steps},
@@ -86,8 +85,8 @@ EXPERIMENTS = {
         seeds=5, arms="rl,rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=8
     ),
     "regime-2": dict(seeds=5, arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
-    "rlif": dict(seeds=5, arms="rl,self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
-    "kl": dict(seeds=5, arms="rl,kl-0.3,kl-0.6,kl-1", sft_steps=300, rl_steps=160, eval_every=8),
+    "rlif": dict(seeds=5, arms="self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
+    "kl": dict(seeds=5, arms="rl,kl-0.3,kl-1", sft_steps=300, rl_steps=160, eval_every=8),
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -589,6 +588,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a Windows console's own encoding may lack the ticks
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: else the workers would outlive it
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)

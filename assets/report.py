@@ -60,12 +60,12 @@ def plot_curves(config, summary, path):
 
 
 def plot_patterns(results, path):
-    """The best pattern's share in two regimes, and accuracy under internal feedback."""
+    """The best pattern's share in two regimes, and accuracy with the verifier and with internal feedback."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
-    panels = {"regime-1": "share_S", "regime-2": "share_S", "rlif": "accuracy"}
-    for axes, (experiment, name) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    panels = (("regime-1", "share_S"), ("regime-2", "share_S"), ("regime-1", "accuracy"))
+    for axes, (experiment, name) in zip(figure.subplots(1, 3), panels, strict=True):
         config, summary = results[experiment]
         for colour, arm in zip(COLOURS, config.arm_list, strict=False):
             if name == "accuracy" or config.rl(arm).reward == "verifier":
@@ -74,7 +74,7 @@ def plot_patterns(results, path):
         label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
         axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right" if experiment == "regime-2" else "best")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -247,7 +247,7 @@ def changes_by_position(config, out, arm="rl"):
 def dip_table(config, summary):
     """The lowest share of the best pattern, seed by seed: along the exact flow from the start's own shares and success
     rates, and as trained."""
-    rows = [["the lowest share of S", *(f"seed {seed}" for seed in summary["sft"]["seed"])]]
+    rows = [["the lowest share of S", *(f"seed {seed:.0f}" for seed in summary["sft"]["seed"])]]
     start = summary["sft"]
     lowest = []
     for i in range(config.seeds):
@@ -266,7 +266,7 @@ def dip_table(config, summary):
 def second_paper_table(results):
     """Accuracy's course, what its change is due to (E10), and where the patterns end: an arm of an experiment a row."""
     rows = [
-        ["experiment", "arm", "start", "highest", "end", "by shares", "by success", "S at its lowest", "D/S/G, end"]
+        ["experiment", "arm", "start", "highest", "end", "by shares", "by success", "lowest share of S", "D/S/G, end"]
     ]
     shown = {"confidence": ["rl"], "learning": ["rl"]}
     shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}

@@ -1,11 +1,13 @@
-"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run]. Not a test: nothing here passes or fails.
+"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run] [--trl]. Not a test: nothing here fails.
 
 Times are CPU seconds of one thread, except the whole run's. Ratios compare work done in turn within one run, since
 machines are noisy. The floor of a step is its floating-point operations over the matrix-product rate measured here.
 With --kernel also the exact NTK, against PyTorch's own recipe for it (about five minutes, 6 GB), and with --run
-`train_toy.py` with its defaults, three times.
+`train_toy.py` with its defaults, three times. With --trl (which takes the extra `trl`) only the same runs by train_rl
+and by TRL's trainer with the README's recipe: do they learn alike, and what does an update cost?
 """
 
+import copy
 import csv
 import multiprocessing
 import os
@@ -24,15 +26,19 @@ from torch.func import functional_call, jacrev, vmap
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train_toy  # noqa: E402
+from assets.tables import over_seeds  # noqa: E402
 from minicfrl import (  # noqa: E402
     SLICE,
     Addition,
+    RLConfig,
     SFTConfig,
     classifier_gradient,
     policy_gradient_loss,
     rollout,
     sequence_logp,
     supervised_finetune,
+    train_rl,
 )
 from model import GPT, GPTConfig, sample  # noqa: E402
 from ntk import empirical_ntk, logit_change  # noqa: E402
@@ -242,8 +248,103 @@ def whole_run():
     )
 
 
+class Course:
+    """What happens along a run: held-out accuracy every 20 updates, and seconds of each update but the first."""
+
+    def __init__(self, task, seed):
+        self.task, self.seed, self.accuracy, self.seconds = task, seed, [], []
+        self.prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:256].tolist()]
+        self.clock = time.perf_counter()
+
+    def tick(self, step, model):
+        if step > 1:
+            self.seconds.append(time.perf_counter() - self.clock)
+        if step % 20 == 0:
+            draws = torch.Generator().manual_seed(self.seed)
+            self.accuracy.append(rollout(model, self.task, self.prompts, 8, draws).rewards.mean().item())
+        self.clock = time.perf_counter()
+
+
+def by_train_rl(model, task, config, draws, course):
+    for record in train_rl(model, task, config, draws):
+        course.tick(record["step"], model)
+
+
+def by_trl(model, task, config, draws, course):
+    from trl_bridge import after_every_update, from_transformers, to_transformers, trl_trainer
+
+    hf = to_transformers(model)
+    watch = after_every_update(lambda step: course.tick(step, from_transformers(hf, model)))
+    with tempfile.TemporaryDirectory() as out:
+        trl_trainer(hf, task, config, draws, out, [watch]).train()
+
+
+def learn_alike(seeds=5):
+    """Plain RL and CF-RL from the same starting policies, by train_rl and by TRL."""
+    task, courses = Addition(), {}
+    for seed in range(seeds):
+        start = GPT(GPTConfig(task.vocab_size, task.block_size), train_toy.generator(seed, "init"))
+        for _ in supervised_finetune(start, task, SFTConfig(), train_toy.generator(seed, "sft")):
+            pass
+        for arm, config in {"rl": RLConfig(), "cf-rl": RLConfig(classifier_steps=20)}.items():
+            for engine in (by_train_rl, by_trl):
+                course = Course(task, seed)
+                engine(copy.deepcopy(start), task, config, train_toy.generator(seed, "rl"), course)
+                courses.setdefault(arm, {}).setdefault(engine.__name__, []).append(course)
+    print(f"held-out accuracy after 20, 40, 60 and 80 updates, {seeds} seeds; seconds per update")
+    for arm, engines in courses.items():
+        curves = {name: torch.tensor([course.accuracy for course in each]) for name, each in engines.items()}
+        for name, each in engines.items():
+            points = [over_seeds(values, ".3f") for values in curves[name].T.tolist()]
+            median = statistics.median(seconds for course in each for seconds in course.seconds)
+            print(f"  {arm:6} {name:12}", *points, f"{median:.3f} s", sep="  ")
+        differences = (curves["by_trl"] - curves["by_train_rl"]).T.tolist()
+        print(f"  {arm:6} {'difference':12}", *(over_seeds(values, "+.3f") for values in differences), sep="  ")
+
+
+def stage_costs():
+    """An update of either stage by TRL, without sampling: a policy of 6 layers and 256 features, 128 responses."""
+    from trl_bridge import after_every_update, to_transformers, trl_trainer
+
+    task, steps = Addition(), 8
+    hf = to_transformers(GPT(GPTConfig(task.vocab_size, task.block_size, n_layer=6, n_embd=256)))
+    for checkpointing in (False, True):
+        medians_of = {1: [], 2: []}
+        for stage in (1, 2) * 3:  # in turns
+            times, config = [], RLConfig(steps=steps, classifier_steps=steps * (stage == 1), prompts=16)
+            watch = after_every_update(lambda step, times=times: times.append(time.perf_counter()))
+            with tempfile.TemporaryDirectory() as out:
+                draws = torch.Generator().manual_seed(0)
+                trainer = trl_trainer(hf, task, config, draws, out, [watch], gradient_checkpointing=checkpointing)
+                sampling = without_sampling(trainer)
+                trainer.train()
+            spent = [b - a - s for a, b, s in zip(times, times[1:], sampling[1:], strict=False)]
+            medians_of[stage].append(statistics.median(spent))
+        first, second = (statistics.median(values) for values in medians_of.values())
+        kind = "with gradient checkpointing" if checkpointing else "6 layers, 256 features"
+        print(f"{kind}: stage 1 {first:.3f} s, stage 2 {second:.3f} s, ratio {first / second:.2f}")
+
+
+def without_sampling(trainer):
+    """Seconds that the trainer spends on sampling and scoring, one number per update; fills up as it trains."""
+    seconds, generate = [], trainer._generate_and_score_completions
+
+    def timed(inputs):
+        start = time.perf_counter()
+        outputs = generate(inputs)
+        seconds.append(time.perf_counter() - start)
+        return outputs
+
+    trainer._generate_and_score_completions = timed
+    return seconds
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "--trl" in sys.argv[1:]:
+        learn_alike()
+        stage_costs()
+        sys.exit()
     step_costs()
     if "--kernel" in sys.argv[1:]:
         kernel_costs()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+collect_ignore = ["trl_bridge.py"]  # needs the extra `trl`; test_trl_recipe.py skips itself without it
 torch.set_num_threads(1)
 settings.register_profile(
     "fast",

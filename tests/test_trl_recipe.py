@@ -1,0 +1,281 @@
+"""The README's recipe for a real model, as it stands there, on tiny models and TRL's own trainer. Offline, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # theirs
+    pytest.importorskip("trl", reason='needs the extra: pip install -e ".[trl]"')
+    from datasets import Dataset
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_bridge import PLAIN, character_tokenizer, from_transformers, recipe, to_transformers, trl_trainer
+
+from tiny import generator, tiny_gpt
+
+from minicfrl import Addition, RLConfig, policy_gradient_loss, sequence_logp
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RECIPE, USAGE = recipe()
+ALPHABET = "0123456789+="
+END = len(ALPHABET)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float32():
+    """As people train."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def tiny(kind, tied=False, seed=0):
+    torch.manual_seed(seed)
+    common = dict(vocab_size=END + 1, bos_token_id=END, eos_token_id=END, tie_word_embeddings=tied)
+    if kind == "gpt2":
+        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=16, **dropouts, **common))
+    sizes = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=16, **sizes, **common))
+
+
+def reward(completions, **_):
+    """Of many values, so that no group is flat and every update moves something."""
+    return [sum(c in "0123456789" for c in text) + 0.01 * len(text) for text in completions]
+
+
+def prompts():
+    return Dataset.from_list([{"prompt": f"{i % 10}+{i // 10 % 10}="} for i in range(100)])
+
+
+def config(out, steps=5, **changes):
+    sizes = dict(per_device_train_batch_size=16, num_generations=4, max_completion_length=5)
+    return GRPOConfig(str(out), max_steps=steps, learning_rate=1e-2, weight_decay=0.1, **PLAIN | sizes | changes)
+
+
+def halves(model):
+    """Copies of the classifier's parameters, and of the body's."""
+    classifier = {id(p) for p in model.get_output_embeddings().parameters()}
+    parts = {True: [], False: []}
+    for p in model.parameters():
+        parts[id(p) in classifier].append(p.detach().clone())
+    return parts[True], parts[False]
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+class Watch(TrainerCallback):
+    """The two halves of the model before training and after every update, the rates, and Adam's counts at the end."""
+
+    def __init__(self):
+        self.seen, self.rates = [], []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.seen.append(halves(model))
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        self.seen.append(halves(model))
+
+    def on_train_end(self, args, state, control, optimizer, **kwargs):
+        self.adam_steps = [int(each["step"]) for each in optimizer.state.values()]
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def moved(self):
+        """For every update: did the classifier move, did the body?"""
+        updates = zip(self.seen[:-1], self.seen[1:], strict=True)
+        return [tuple(not same(*halves) for halves in zip(old, new, strict=True)) for old, new in updates]
+
+
+def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), **changes):
+    watch = Watch()
+    trainer = GRPOTrainer(
+        model,
+        reward,
+        args=config(out, **changes),
+        train_dataset=prompts(),
+        processing_class=character_tokenizer(ALPHABET, END),
+        callbacks=[RECIPE["ClassifierFirst"](k, freeze), watch],
+        optimizers=optimizers,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return watch
+
+
+STAGES = [(True, False)] * 2 + [(True, True)] * 3  # of five updates, two of them in stage 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_the_body_rests_bit_for_bit_in_stage_1_and_all_moves_afterwards(kind, tmp_path):
+    """With weight decay, which moves whatever the optimiser touches. The two name their output embeddings otherwise."""
+    model = tiny(kind)
+    assert trained(model, tmp_path).moved() == STAGES
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_stage_changes_between_updates_when_gradients_are_accumulated(tmp_path):
+    assert trained(tiny("gpt2"), tmp_path, gradient_accumulation_steps=2).moved() == STAGES
+
+
+def test_the_matched_control_freezes_nothing(tmp_path):
+    assert trained(tiny("gpt2"), tmp_path, freeze=False).moved() == [(True, True)] * 5
+
+
+def test_stage_2_starts_with_a_fresh_optimiser(tmp_path):
+    """Adam counts its steps per parameter: after five updates, two of them in stage 1, every count is three."""
+    model = tiny("gpt2")
+    assert trained(model, tmp_path).adam_steps == [3] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
+    """GPT-NeoX's checkpoints call the classifier otherwise than its model does, and a resumed Trainer passes it over:
+    so the README has people load the model from the checkpoint too."""
+    whole = trained(tiny(kind), tmp_path / "whole", save_strategy="steps", save_steps=1)
+    for step in (1, 2, 4):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        model = tiny("gpt2", seed=1) if kind == "gpt2" else GPTNeoXForCausalLM.from_pretrained(checkpoint)
+        resumed = trained(model, tmp_path / "resumed", resume=checkpoint)
+        assert all(same(*pair) for pair in zip(resumed.seen[-1], whole.seen[-1], strict=True))
+        assert resumed.moved() == STAGES[step:]
+
+
+def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
+    """Group 0 is the classifier's."""
+    model = tiny("gpt2")
+    watch = trained(model, tmp_path, optimizers=RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2))
+    assert watch.rates == [pytest.approx([2e-2, 1e-3])] * 2 + [pytest.approx([1e-3, 1e-3])] * 3
+    assert watch.moved() == STAGES
+
+
+def test_the_readme_s_own_call_trains(tmp_path):
+    """With two updates in place of its twenty and more."""
+    names = RECIPE | {"model": tiny("gpt2"), "reward": reward, "prompts": prompts(), "config": config(tmp_path)}
+    names["GRPOTrainer"] = partial(GRPOTrainer, processing_class=character_tokenizer(ALPHABET, END))
+    exec(USAGE.replace("k=20", "k=2"), names)
+    assert names["trainer"].state.global_step == 5
+
+
+def without_output_embeddings(model):
+    model.get_output_embeddings = lambda: None
+    return model
+
+
+def frozen(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("lm_head"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, k, message",
+    [
+        (lambda: tiny("gpt2", tied=True), 2, "the classifier is tied to the token embedding"),
+        (lambda: tiny("neox", tied=True), 2, "the classifier is tied to the token embedding"),
+        (lambda: tiny("gpt2"), -1, "k=-1 is not between 0 and max_steps=5"),
+        (lambda: tiny("gpt2"), 6, "k=6 is not between 0 and max_steps=5"),
+        (lambda: without_output_embeddings(tiny("gpt2")), 2, "GPT2LMHeadModel has no output embedding"),
+        (lambda: frozen(tiny("gpt2")), 2, r"what was frozen before train\(\) is unknown to the optimiser"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_update(make, k, message, tmp_path):
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        trained(model, tmp_path, k)
+    assert same(before, model.parameters())
+
+
+def test_two_processes_agree_and_keep_the_stages(tmp_path):
+    """By torchrun, gloo and DDP: this file as a script, with the flag that the README names."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in "01")
+    assert first == second
+    assert [tuple(moved) for moved in first["moved"]] == STAGES
+
+
+def run_as_one_of_two_processes(out):
+    watch = trained(
+        tiny("gpt2"), out / "run", per_device_train_batch_size=8, ddp_backend="gloo", ddp_find_unused_parameters=True
+    )
+    sums = [[p.double().sum().item() for half in seen for p in half] for seen in watch.seen]
+    result = json.dumps({"moved": watch.moved(), "sums": sums})
+    (out / f"rank-{os.environ['RANK']}.json").write_text(result, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- the bridge
+
+
+def test_the_toy_s_policy_is_a_gpt_2_of_the_same_shape():
+    """Random weights, biases and norms included: logits equal to 1e-5 in float32, and all weights come back."""
+    gpt = tiny_gpt(0, vocab_size=17, block_size=16, n_embd=32, n_head=4)
+    tokens = torch.randint(17, (4, 16), generator=generator(0))
+    hf = to_transformers(gpt)
+    torch.testing.assert_close(hf.eval()(tokens).logits, gpt(tokens), rtol=0, atol=1e-5)
+    back = from_transformers(hf, tiny_gpt(1, vocab_size=17, block_size=16, n_embd=32, n_head=4))
+    assert same(gpt.parameters(), back.parameters())
+
+
+class WordyAddition(Addition):
+    """Rewards digits, so that even an untrained policy has something to learn; keeps what was sampled."""
+
+    def __init__(self):
+        super().__init__(digits=1)
+        self.rows = []
+
+    def verify(self, prompt, response):
+        self.rows.append((prompt, response))
+        return 0.1 * sum(character.isdigit() for character in response)
+
+
+def test_trl_s_gradient_is_that_of_the_toy_s_loss(tmp_path):
+    """(E3) on the responses that TRL sampled, with its own advantages (E2): the sample's std, plus 1e-4. 1e-4 of the
+    largest gradient: float32, and another order of additions."""
+    task, rl, theirs = WordyAddition(), RLConfig(steps=1, prompts=4, samples=4), {}
+    gpt = tiny_gpt(0, task.vocab_size, task.block_size)
+    hf = to_transformers(gpt)
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            theirs.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trl_trainer(hf, task, rl, generator(0), tmp_path, [Gradients()]).train()
+    longest = task.block_size - len(task.prompt(0, 0))
+    ended = [len(response) < longest for _, response in task.rows]
+    texts = [prompt + response for prompt, response in task.rows]
+    rows = [task.encode(text) + [task.end_token] * end for text, end in zip(texts, ended, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.tensor([row + [task.end_token] * (task.block_size - len(row)) for row in rows])
+    position = torch.arange(task.block_size)
+    mask = (position >= len(task.prompt(0, 0))) & (position < lengths[:, None])
+    digits = torch.tensor([sum(c.isdigit() for c in response) for _, response in task.rows])
+    rewards = 0.1 * (digits * torch.tensor(ended)).view(rl.prompts, rl.samples)
+    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    policy_gradient_loss(sequence_logp(gpt, tokens), advantages.flatten(), mask[:, 1:]).backward()
+    for ours, name in (
+        (gpt.classifier.weight, "lm_head.weight"),
+        (gpt.body.token_embedding.weight, "transformer.wte.weight"),
+        (gpt.body.blocks[0].mlp[0].bias, "transformer.h.0.mlp.c_fc.bias"),
+    ):
+        largest = ours.grad.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(theirs[name], ours.grad, rtol=0, atol=1e-4 * largest)
+
+
+if __name__ == "__main__":
+    run_as_one_of_two_processes(Path(sys.argv[1]))

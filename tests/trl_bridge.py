@@ -1,0 +1,129 @@
+"""From the toy to TRL and back: its policy as a transformers GPT-2, its task as TRL's tokenizer, reward and prompts.
+
+Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark.py; the recipe itself is in the README.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+README = Path(__file__).parent.parent / "README.md"
+
+# One process on a CPU, nothing but training: no files, no logs, no truncated sampling.
+PLAIN = dict(
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    beta=0.0,
+    top_k=0,
+    lr_scheduler_type="constant",
+    save_strategy="no",
+    logging_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+)
+
+
+def recipe():
+    """The README's code blocks, the first one run: {name: what it defines}, and the text of the second."""
+    definitions, usage = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(definitions, names)
+    return names, usage
+
+
+def character_tokenizer(alphabet, end_token):
+    """One token per character, numbered as in `alphabet`, and an end token that also pads."""
+    vocabulary = {character: token for token, character in enumerate(alphabet)} | {"<end>": end_token}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
+
+
+def _pairs(gpt, hf):
+    """(our parameter, theirs), for all. GPT-2's linear layers hold the transposes; q, k and v are laid out alike."""
+    body, transformer = gpt.body, hf.transformer
+    yield body.token_embedding.weight, transformer.wte.weight
+    yield body.position_embedding.weight, transformer.wpe.weight
+    yield gpt.classifier.weight, hf.lm_head.weight
+    modules = [(body.norm, transformer.ln_f)]
+    for ours, theirs in zip(body.blocks, transformer.h, strict=True):
+        modules += [(ours.attention_norm, theirs.ln_1), (ours.mlp_norm, theirs.ln_2)]
+        modules += [(ours.attention.qkv, theirs.attn.c_attn), (ours.attention.proj, theirs.attn.c_proj)]
+        modules += [(ours.mlp[0], theirs.mlp.c_fc), (ours.mlp[2], theirs.mlp.c_proj)]
+    for ours, theirs in modules:
+        yield ours.weight.t(), theirs.weight  # of a vector t() is the vector
+        yield ours.bias, theirs.bias
+
+
+@torch.no_grad()
+def to_transformers(gpt):
+    """The toy's GPT as a GPT-2 with the same weights."""
+    sizes = {"n_positions": gpt.config.block_size} | {k: v for k, v in vars(gpt.config).items() if k != "block_size"}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    tokens = {"bos_token_id": None, "eos_token_id": gpt.config.vocab_size - 1}
+    config = GPT2Config(**sizes, **dropouts, **tokens, activation_function="gelu", tie_word_embeddings=False)
+    hf = GPT2LMHeadModel(config).to(gpt.classifier.weight.dtype)
+    for ours, theirs in _pairs(gpt, hf):
+        theirs.copy_(ours)
+    return hf
+
+
+@torch.no_grad()
+def from_transformers(hf, gpt):
+    """The weights of such a GPT-2, copied into `gpt`, which is returned."""
+    for ours, theirs in _pairs(gpt, hf):
+        ours.copy_(theirs)
+    return gpt
+
+
+def trl_trainer(hf, task, rl, draws, out, callbacks, **changes):
+    """A GRPOTrainer that does what train_rl does with an RLConfig of Adam and the verifier, as closely as TRL can:
+    its loss "dapo" is (E3). What differs: advantages are divided by the sample std + 1e-4 instead of the population
+    std, and random numbers are others."""
+
+    def reward(prompts, completion_ids, **_):
+        ended = [ids[-1] == task.end_token for ids in completion_ids]
+        texts = [task.decode(ids[: len(ids) - end]) for ids, end in zip(completion_ids, ended, strict=True)]
+        return [task.verify(*pair) * end for *pair, end in zip(prompts, texts, ended, strict=True)]
+
+    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (rl.steps * rl.prompts,), generator=draws)]
+    config = GRPOConfig(
+        str(out),
+        max_steps=rl.steps,
+        per_device_train_batch_size=rl.prompts * rl.samples,
+        num_generations=rl.samples,
+        max_completion_length=task.block_size - len(task.prompt(0, 0)),
+        scale_rewards="group" if rl.baseline == "std" else "none",
+        loss_type="dapo",
+        max_grad_norm=0.0,
+        shuffle_dataset=False,
+        **PLAIN | changes,
+    )
+    names, _ = recipe()
+    trainer = GRPOTrainer(
+        hf,
+        reward,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": task.prompt(a, b)} for a, b in pairs.tolist()]),
+        processing_class=character_tokenizer(task.alphabet, task.end_token),
+        callbacks=[names["ClassifierFirst"](rl.classifier_steps), *callbacks],
+        optimizers=names["two_rates"](hf, rl.classifier_steps, rl.lr, rl.classifier_lr),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def after_every_update(function):
+    """A callback that calls function(updates so far)."""
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            function(state.global_step)
+
+    return Watch()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, every_response, generator, gradients, seeds, tiny_gpt
 
 from assets.report import flow, flow_slope
-from minicfrl import Rollout, evaluate, make_probe, patterns, reward_by, rollout, selection, sequence_logp
+from minicfrl import Addition, Rollout, evaluate, make_probe, patterns, reward_by, rollout, selection, sequence_logp
 from model import kl_divergence
 
 EXACT = 1e-10  # sums over some dozen responses in float64
@@ -226,6 +226,17 @@ def test_shares_and_success_rates_are_those_of_each_prompt(seed):
         exact = model(torch.tensor([[prompt, token]])).softmax(dim=-1)[0]
         assert shares[0, prompt, pattern].item() == pytest.approx(exact[0, token].item())
         assert success[:, prompt, pattern].mean().item() == pytest.approx(exact[1, task.end_token].item(), abs=0.125)
+
+
+@given(seed=seeds)
+def test_shares_are_read_at_the_end_of_the_prompt(seed):
+    """One prompt at a time, of several tokens."""
+    task = Addition(1)
+    model, pairs = tiny_gpt(seed, task.vocab_size, task.block_size), task.heldout_pairs[:3]
+    shares, _ = patterns(model, task, pairs, generator(seed))
+    for row, pair in zip(shares, pairs.tolist(), strict=True):
+        probabilities = model(torch.tensor([task.encode(task.prompt(*pair))]))[0, -1].softmax(dim=-1)
+        torch.testing.assert_close(row, probabilities[task.encode("DSG")], rtol=0, atol=ROUNDING)
 
 
 @given(seed=seeds)

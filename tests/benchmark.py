@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_toy  # noqa: E402
+from assets.report import markdown  # noqa: E402
 from assets.tables import over_seeds  # noqa: E402
 from minicfrl import (  # noqa: E402
     SLICE,
@@ -287,19 +288,20 @@ def learn_alike(seeds=5):
         for _ in supervised_finetune(start, task, SFTConfig(), train_toy.generator(seed, "sft")):
             pass
         for arm, config in {"rl": RLConfig(), "cf-rl": RLConfig(classifier_steps=20)}.items():
-            for engine in (by_train_rl, by_trl):
+            for name, engine in {"`train_rl`": by_train_rl, "TRL": by_trl}.items():
                 course = Course(task, seed)
                 engine(copy.deepcopy(start), task, config, train_toy.generator(seed, "rl"), course)
-                courses.setdefault(arm, {}).setdefault(engine.__name__, []).append(course)
-    print(f"held-out accuracy after 20, 40, 60 and 80 updates, {seeds} seeds; seconds per update")
+                courses.setdefault(arm, {}).setdefault(name, []).append(course)
+    rows = [["arm, trainer", *(f"update {step}" for step in (20, 40, 60, 80)), "sec"]]
     for arm, engines in courses.items():
         curves = {name: torch.tensor([course.accuracy for course in each]) for name, each in engines.items()}
         for name, each in engines.items():
             points = [over_seeds(values, ".3f") for values in curves[name].T.tolist()]
             median = statistics.median(seconds for course in each for seconds in course.seconds)
-            print(f"  {arm:6} {name:12}", *points, f"{median:.3f} s", sep="  ")
-        differences = (curves["by_trl"] - curves["by_train_rl"]).T.tolist()
-        print(f"  {arm:6} {'difference':12}", *(over_seeds(values, "+.3f") for values in differences), sep="  ")
+            rows.append([f"{arm}, {name}", *points, f"{median:.3f}"])
+        differences = (curves["TRL"] - curves["`train_rl`"]).T.tolist()
+        rows.append(["difference by seed", *(over_seeds(values, "+.3f") for values in differences), ""])
+    print(markdown(*rows))
 
 
 def stage_costs():

@@ -120,8 +120,13 @@ STAGES = [(True, False)] * 2 + [(True, True)] * 3  # of five updates, two of the
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
 def test_the_body_rests_bit_for_bit_in_stage_1_and_all_moves_afterwards(kind, tmp_path):
     """With weight decay, which moves whatever the optimiser touches. The two name their output embeddings otherwise."""
-    model = tiny(kind)
-    assert trained(model, tmp_path).moved() == STAGES
+    assert trained(tiny(kind), tmp_path).moved() == STAGES
+
+
+def test_a_run_of_stage_1_alone_leaves_a_model_that_can_be_trained_on(tmp_path):
+    """Else the next trainer's optimiser would not know the body."""
+    model = tiny("gpt2")
+    assert trained(model, tmp_path, k=5).moved() == [(True, False)] * 5
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -442,8 +442,7 @@ def cosines(features):
 
 # --------------------------------------------------------------------------------------------------------------- report
 
-CURVES = ("step", "accuracy", "entropy", "confidence", "share_D", "share_S", "success_S")
-CURVES += ("agreement_prompt", "agreement_continuation")
+CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
 
 
 def summarise(config, out):
@@ -474,7 +473,7 @@ def summarise(config, out):
                 statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
             ]
             summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in CURVES}
-            names = ("step", "accuracy", "classifier_norm", "feature_change", *KERNEL)
+            names = ("step", "classifier_norm", "feature_change", *KERNEL)
             ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
             summary[arm]["stages"] = {name: [[row[name] for row in rows] for rows in ends] for name in names}
     return summary

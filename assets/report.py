@@ -281,20 +281,6 @@ def second_paper_table(results):
     return markdown(*rows)
 
 
-def feedback_table(config, summary):
-    """Accuracy's course: at the start, at its highest and at the end, and there the patterns."""
-    rows = [["arm", "start", "highest", "at update", "end", "D/S/G at the end", "S right, start", "S right, end"]]
-    for arm in config.arm_list:
-        curves = summary[arm]["curves"]
-        accuracy, tops = curves["accuracy"], [max(curve) for curve in curves["accuracy"]]
-        when = [steps[curve.index(top)] for curve, top, steps in zip(accuracy, tops, curves["step"], strict=True)]
-        rows.append([arm, over_seeds([curve[0] for curve in accuracy], ".2f"), over_seeds(tops, ".2f")])
-        rows[-1] += [over_seeds(when, ".0f"), over_seeds([curve[-1] for curve in accuracy], ".2f")]
-        rows[-1].append(tables.cell(summary[arm], "shares", ".2f"))
-        rows[-1] += [over_seeds([curve[i] for curve in curves["success_S"]], ".2f") for i in (0, -1)]
-    return markdown(*rows)
-
-
 LIKENESS_COLUMNS = (
     ("mean cosine", "cosine", ".2f"),
     ("positive", "positive", ".0%"),
@@ -354,8 +340,7 @@ def sections(results, positions):
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
         "second paper": second_paper_table(results),
         "dip": dip_table(*results["regime-2"]),
-        "rlif": feedback_table(*results["rlif"]),
-        "rlif, regime-1": feedback_table(*results["regime-1"]),
+        "rlif": markdown(*tables.table(results["rlif"][1])),
         "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),

@@ -558,7 +558,7 @@ def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
 
 
 @torch.no_grad()
-def patterns(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
+def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
     """Shares and success rates of the K reasoning patterns at each prompt of `pairs` (B, 2): (B, K) twice.
 
     A share is the probability of the pattern's token as the first of the response; success is whether one response
@@ -571,8 +571,8 @@ def patterns(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor
 
 
 def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """What the change of accuracy is due to, between two results of `patterns`: to prompts' shares of the patterns pi,
-    or to the patterns' success rates p. With accuracy = sum_r pi_r p_r and means of before and after under bars,
+    """What the change of accuracy is due to, between two results of `pattern_rates`: to the patterns' shares pi, or to
+    their success rates p. With accuracy = sum_r pi_r p_r and bar for the mean of before and after,
 
         change of accuracy = sum_r (change of pi_r) bar p_r  +  sum_r bar pi_r (change of p_r)          (E10)
 
@@ -621,7 +621,7 @@ def evaluate(
         "classifier_norm": model.classifier.weight.norm().item(),
         "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
     }
-    shares, success = (values.mean(dim=0).tolist() for values in patterns(model, task, pairs, generator))
+    shares, success = (values.mean(dim=0).tolist() for values in pattern_rates(model, task, pairs, generator))
     for pattern, share, right in zip(task.patterns, shares, success, strict=True):
         row |= {f"share_{pattern}": share, f"success_{pattern}": right}
     return row

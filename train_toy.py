@@ -41,7 +41,7 @@ from minicfrl import (
     evaluate,
     make_probe,
     naming_the_step,
-    patterns,
+    pattern_rates,
     residuals,
     rollout,
     selection,
@@ -70,7 +70,7 @@ ARMS = {
     "kl-0.3": lambda config: {**PLAIN, "kl": 0.3},
     "kl-1": lambda config: {**PLAIN, "kl": 1.0},
     "random-w": lambda config: PLAIN,
-    "sft-rl-sgd": lambda config: {**ARMS["rl-sgd"](config), "steps": config.rl_steps - config.classifier_steps},
+    "sft-rl-sgd": lambda config: {**ARMS["rl-sgd"](config), "steps": max(1, config.rl_steps - config.classifier_steps)},
     "ft": lambda config: PLAIN,
     "lp-ft": lambda config: {},
 }
@@ -344,12 +344,12 @@ def train_arm(config, out, seed, arm, bar):
 def updates(config, seed, arm, task, model):
     """Train `model` as the arm does: a generator of records, one per update, like train_rl's."""
     draws, rl = generator(seed, "rl"), config.rl(arm)
-    imitated = config.rl_steps if arm in ("ft", "lp-ft") else config.rl_steps - rl.steps
+    imitated = {"ft": config.rl_steps, "lp-ft": config.rl_steps, "sft-rl-sgd": config.classifier_steps}.get(arm, 0)
     if imitated:  # demonstrations of S without noise, in place of rewards or before them
         sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
         for record in supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws):
             yield {**NO_UPDATE, "step": record["step"], "stage": record["stage"]}
-    if arm in ("ft", "lp-ft"):
+    if imitated == config.rl_steps:
         return
     if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
         twin = copy.deepcopy(model)
@@ -393,8 +393,8 @@ def log_row(config, out, seed, arm, record, task, model, probe, seconds):
     measures |= dict.fromkeys(AT_ENDS + KERNEL, math.nan)
     if at_end:
         measures |= diversity(model, task, some, generator(seed, "diversity"))
-        policies = (probe.start, model)
-        measures |= selection(*(patterns(policy, task, all_pairs, generator(seed, "selection")) for policy in policies))
+        rates = [pattern_rates(m, task, all_pairs, generator(seed, "selection")) for m in (probe.start, model)]
+        measures |= selection(*rates)
     if step in config.stage_ends:
         measures |= kernel_row(model, probe)
     seconds["eval_seconds"] = seconds.get("eval_seconds", 0.0) + time.perf_counter() - clock

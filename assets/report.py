@@ -23,11 +23,12 @@ import torch  # noqa: E402
 import train_toy  # noqa: E402
 from assets import tables  # noqa: E402
 from assets.tables import over_seeds  # noqa: E402
-from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
+from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
 from model import kl_divergence  # noqa: E402
 from ntk import agreement, logit_change  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results.json"
+FILES = ("model.py", "minicfrl.py", "ntk.py", "train_toy.py", "assets/tables.py")
 
 
 # Okabe and Ito's: safe for the colour-blind.
@@ -35,9 +36,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 def plot_band(axes, xs, curves, label, style, colour):
-    """The mean over seeds of curves, one per seed, and a band from min to max."""
+    """The median over seeds of curves, one per seed, and a band from min to max."""
     by_x = list(zip(*curves, strict=True))
-    axes.plot(xs, [statistics.fmean(ys) for ys in by_x], style, color=colour, label=label)
+    axes.plot(xs, [statistics.median(ys) for ys in by_x], style, color=colour, label=label)
     axes.fill_between(xs, *([f(ys) for ys in by_x] for f in (min, max)), color=colour, alpha=0.2, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -74,7 +75,7 @@ def plot_patterns(results, path):
         label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
         axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
-        axes.legend(frameon=False, fontsize=8, loc="lower right" if experiment == "regime-2" else "best")
+        axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -124,10 +125,6 @@ def at(summary, arm, name, step, rows="stages"):
     ]
 
 
-def without_start(summary):
-    return {arm: measures for arm, measures in summary.items() if arm != "sft"}
-
-
 def agreement_table(summary, arms):
     """How far the representation part alone points where the whole update does, averaged over the logged updates."""
     rows = [["arm", "at the end of prompts", "within responses"]]
@@ -164,6 +161,12 @@ def lp_ft_table(config, summary):
     return markdown(*rows)
 
 
+def per_position(values, mask):
+    """The mean over the states (N,) of `mask` (B, T) at each position of the response, 0 the end of the prompt."""
+    position = (mask.cumsum(dim=1) - 1)[mask]  # (N,)
+    return [values[position == t].mean().item() for t in range(int(position.max()) + 1)]
+
+
 def by_position(config, out):
     """{measure: [[a value per position in the response], per seed]} of the starting policies, 0 the end of the prompt.
 
@@ -186,7 +189,7 @@ def by_position(config, out):
         cosines = [train_toy.cosines(features[here]) for here in states]
         measures["cosine"].append([c.mean().item() for c in cosines])
         measures["positive"].append([(c > 0).float().mean().item() for c in cosines])
-        measures["agreement"].append([agreements[here].mean().item() for here in states])
+        measures["agreement"].append(per_position(agreements, probe.state_mask))
     return measures
 
 
@@ -237,47 +240,41 @@ def changes_by_position(config, out, arm="rl"):
         batch = rollout(model, task, prompts, train_toy.SAMPLES, train_toy.generator(seed, "by position"))
         with torch.no_grad():
             logits, reference = batch.state_logits, start(batch.tokens)[batch.state_mask]  # (N, V) twice
-        position = (batch.state_mask.cumsum(dim=1) - 1)[batch.state_mask]  # (N,)
         changed = (logits.argmax(dim=1) != reference.argmax(dim=1)).float()
-        for name, values in (("changed", changed), ("kl", kl_divergence(logits, reference))):
-            measures[name].append([values[position == t].mean().item() for t in range(int(position.max()) + 1)])
+        measures["changed"].append(per_position(changed, batch.state_mask))
+        measures["kl"].append(per_position(kl_divergence(logits, reference), batch.state_mask))
     return measures
 
 
 def dip_table(config, summary):
     """The lowest share of the best pattern, seed by seed: along the exact flow from the start's own shares and success
     rates, and as trained."""
-    rows = [["the lowest share of S", *(f"seed {seed:.0f}" for seed in summary["sft"]["seed"])]]
-    start = summary["sft"]
-    lowest = []
-    for i in range(config.seeds):
-        shares, success = (
-            torch.tensor([start[f"{what}_{pattern}"][i] for pattern in "DSG"], dtype=torch.float64)
-            for what in ("share", "success")
-        )
-        lowest.append(min(pi[1].item() for pi in flow(shares / shares.sum(), success, steps=400, dt=1.0)))
-    paths = {"at the start": [[x] for x in start["share_S"]], "the exact flow": [[x] for x in lowest]}
-    paths |= {arm: summary[arm]["curves"]["share_S"] for arm in config.arm_list}
-    for name, values in paths.items():
-        rows.append([name] + [f"{min(path):.4f}" for path in values])
-    return markdown(*rows)
+    start, kinds = summary["sft"], Addition.patterns
+    shares, success = (
+        torch.tensor([start[f"{what}_{pattern}"] for pattern in kinds], dtype=torch.float64).T  # (seeds, K)
+        for what in ("share", "success")
+    )
+    paths = [flow(pi / pi.sum(), p, steps=400, dt=1.0) for pi, p in zip(shares, success, strict=True)]
+    lowest = {"at the start": start["share_S"]}
+    lowest["the exact flow"] = [min(pi[kinds.index("S")].item() for pi in path) for path in paths]
+    lowest |= {arm: [min(path) for path in summary[arm]["curves"]["share_S"]] for arm in config.arm_list}
+    rows = [["the lowest share of S", *(f"seed {seed:.0f}" for seed in start["seed"])]]
+    return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
 def second_paper_table(results):
     """Accuracy's course, what its change is due to (E10), and where the patterns end: an arm of an experiment a row."""
-    rows = [
-        ["experiment", "arm", "start", "highest", "end", "by shares", "by success", "lowest share of S", "D/S/G, end"]
-    ]
+    rows = [["experiment", "arm", "start", "highest", "end", "by shares", "by success", "D/S/G at the end"]]
     shown = {"confidence": ["rl"], "learning": ["rl"]}
     shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}
     for experiment, arms in shown.items():
         for arm in arms:
             measures = results[experiment][1][arm]
-            accuracy, share_S = (measures["curves"][name] for name in ("accuracy", "share_S"))
-            courses = [[f(curve) for curve in accuracy] for f in (lambda curve: curve[0], max, lambda curve: curve[-1])]
+            curves = measures["curves"]["accuracy"]
+            courses = [[f(curve) for curve in curves] for f in (lambda curve: curve[0], max, lambda curve: curve[-1])]
             rows.append([experiment, arm, *(over_seeds(values, ".2f") for values in courses)])
             rows[-1] += [tables.cell(measures, f"gain_by_{cause}", "+.2f") for cause in ("shares", "success")]
-            rows[-1] += [over_seeds([min(path) for path in share_S], ".3f"), tables.cell(measures, "shares", ".2f")]
+            rows[-1].append(tables.cell(measures, "shares", ".2f"))
     return markdown(*rows)
 
 
@@ -292,7 +289,6 @@ KL_COLUMNS = (
     ("accuracy over the run", "accuracy_over_the_run", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("KL to the start", "kl", ".2f"),
-    ("pass@8", "best_of_8", ".2f"),
     ("pass@64", "best_of_64", ".2f"),
     ("answers in 64", "different_answers", ".1f"),
 )
@@ -317,16 +313,17 @@ def sections(results, positions):
     """{name of a report mark: what the README says there}."""
     config, summary = results["confidence"]
     rl = [arm for arm in config.arm_list if config.rl(arm).reward == "verifier"]
+    learnt = {arm: summary[arm] for arm in rl}
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
-    count = {name: lines_of_code(ROOT / name) for name in ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")}
+    count = {name: lines_of_code(ROOT / name) for name in FILES}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
     paired, learning = tables.paired_table, results["learning"]
     return {
-        "size": f"It is {sum(count.values())} lines of code in four files, comments, docstrings and blanks aside.",
+        "size": f"It is {sum(count.values())} lines of code in five files, comments, docstrings and blanks aside.",
         "table": markdown(*tables.table(summary)),
-        "microscope": markdown(*tables.table({arm: summary[arm] for arm in rl}, tables.MICROSCOPE)),
+        "microscope": markdown(*tables.table(learnt, tables.MICROSCOPE)),
         "paired": markdown(*paired(summary)),
         "change": markdown(*paired(summary, "sft")),
         "learning": markdown(*tables.table(learning[1])),
@@ -334,14 +331,15 @@ def sections(results, positions):
         "agreement": agreement_table(summary, rl),
         "positions": position_table(positions, LIKENESS_COLUMNS),
         "where": position_table(positions, CHANGE_COLUMNS),
-        "selection": markdown(*tables.table({arm: summary[arm] for arm in rl}, tables.SELECTION)),
-        "learning selection": markdown(*tables.table(without_start(learning[1]), tables.SELECTION)),
+        "selection": markdown(*tables.table(learnt, tables.SELECTION)),
+        "learning selection": markdown(*tables.table(tables.without_start(learning[1]), tables.SELECTION)),
         "regime-1": markdown(*tables.table(results["regime-1"][1])),
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
         "second paper": second_paper_table(results),
         "dip": dip_table(*results["regime-2"]),
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
+        "kl paired": markdown(*paired(results["kl"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),

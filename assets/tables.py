@@ -52,7 +52,7 @@ def over_seeds(values, form):
     n, text = len(values), f"{statistics.fmean(values):{form}}"
     if n == 1:
         return text
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)
     return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
 
 
@@ -71,8 +71,12 @@ def table(summary, columns=COLUMNS):
     return rows
 
 
+def without_start(summary):
+    return {name: arm for name, arm in summary.items() if name != "sft"}
+
+
 def paired_table(summary, base="rl"):
-    """Each arm minus another or minus sft, seed by seed: what the arms of a seed share, their start say, cancels."""
+    """Each arm minus `base`, an arm or sft, seed by seed: so what a seed's start contributes to both cancels."""
     base, rows = summary[base], {}
     for name, arm in summary.items():
         if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
@@ -125,7 +129,7 @@ def print_tables(config, summary):
     print_table(table(summary))
     print("\nheld-out accuracy (0 to 1) and token entropy (nats), from sft to the end")
     top = max(max(curve) for values in summary.values() for curve in values["curves"]["entropy"])
-    trained = {name: arm for name, arm in summary.items() if name != "sft"}
+    trained = without_start(summary)
     for name, arm in trained.items():
         print(f"  {name:18} {sparkline(arm['curves']['accuracy'], 1)}  {sparkline(arm['curves']['entropy'], top)}")
     print("\nunder the microscope: what raised the top-1 probability on fixed states")

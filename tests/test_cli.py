@@ -19,7 +19,7 @@ from tiny import generator, tiny_gpt
 
 import train_toy
 from assets import tables
-from assets.report import by_position
+from assets.report import by_position, changes_by_position
 from minicfrl import SFTConfig, make_probe
 from ntk import empirical_ntk
 
@@ -142,6 +142,32 @@ def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
     assert run(tmp_path / "often", *flags) == 0
     measured = {row["step"]: row["kernel_G"] != "nan" for row in rows_of(tmp_path / "often")}
     assert measured == {"0": True, "1": False, "2": True, "3": False, "4": True}
+
+
+def test_the_gains_are_those_of_the_policy_since_the_start(monkeypatch, tmp_path):
+    """(E10) from the probe's start to the policy at hand, on the pairs of the last evaluation."""
+    task, start, model = train_toy.Addition(1), *(tiny_gpt(seed, vocab_size=17, block_size=11) for seed in (0, 1))
+    probe = make_probe(start, task, task.heldout_pairs[:2], generator(0))
+    config = train_toy.Config(digits=1, rl_steps=20, eval_prompts=2, final_prompts=3)
+    monkeypatch.setattr(train_toy, "pattern_rates", lambda policy, task, pairs, draws: (policy, len(pairs)))
+    seen = []
+    monkeypatch.setattr(train_toy, "selection", lambda *rates: seen.extend(rates) or {})
+    (tmp_path / "parts").mkdir()
+    record = {**train_toy.NO_UPDATE, "step": 20}
+    train_toy.log_row(config, tmp_path, 0, "rl", record, task, model, probe, {})
+    assert seen == [(probe.start, 3), (model, 3)]
+
+
+def test_the_report_by_position_adds_up_to_what_the_run_says_of_whole_responses(finished):
+    """Where the KL is and where likeliest tokens changed: the same quantities as the run's columns, on other samples of
+    the policy, 24 of them. At the first token there is one value per prompt, so that they are equal."""
+    config, rows = train_toy.read_config(finished)[1], rows_of(finished)
+    (last,) = (row for row in rows if row["arm"] == "rl" and row["step"] == "4")
+    measures = changes_by_position(config, finished)
+    assert measures["kl"][0][0] == pytest.approx(float(last["kl_first"]), rel=1e-4)
+    assert measures["changed"][0][0] == pytest.approx(float(last["changed_first"]), rel=1e-4)
+    longest = sum(measures["kl"][0])
+    assert float(last["kl_first"]) < float(last["kl"]) < 2 * longest
 
 
 def test_the_kernel_s_columns_are_what_the_readme_says():

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, every_response, generator, gradients, seeds, tiny_gpt
 
 from assets.report import flow, flow_slope
-from minicfrl import Addition, Rollout, evaluate, make_probe, patterns, reward_by, rollout, selection, sequence_logp
+from minicfrl import (
+    Addition,
+    Rollout,
+    evaluate,
+    make_probe,
+    pattern_rates,
+    reward_by,
+    rollout,
+    selection,
+    sequence_logp,
+)
 from model import kl_divergence
 
 EXACT = 1e-10  # sums over some dozen responses in float64
@@ -78,7 +88,8 @@ def test_regime_1_takes_no_longer_than_the_bound():
     assert path == sorted(path)
     for eps in (0.05, 0.01):
         time = 0.1 * next(step for step, share in enumerate(path) if share >= 1 - eps)
-        assert time <= 1.02 * (1 / eps - 2) / (0.25 * 0.6)
+        bound = (1 / eps - 2) / (0.25 * 0.6)
+        assert 0.1 * bound < time <= 1.02 * bound  # so it is no idle bound either
 
 
 def test_regime_2_the_best_share_can_fall_before_it_wins():
@@ -91,8 +102,9 @@ def test_regime_2_the_best_share_can_fall_before_it_wins():
 
 @given(seed=seeds, K=st.integers(2, 6))
 def test_the_natural_gradient_has_no_entanglement(seed, K):
-    """It moves theta by F^+ grad = p - ACC (F = diag pi - pi pi^T), so log(pi*/pi_r) grows by p* - p_r, whatever the
-    shares: what slows the best pattern down is the factor pi_r of the softmax gradient."""
+    """It moves theta by F^+ grad, F = diag pi - pi pi^T. As F p = grad, that is p up to a shift that the softmax does
+    not see: log(pi*/pi_r) grows by p* - p_r, whatever the shares. The factor pi_r of the softmax gradient is what
+    slows the best pattern down."""
     shares, p = simplex(seed, K)
     fisher = shares.diag() - torch.outer(shares, shares)
     natural = torch.linalg.pinv(fisher, rtol=1e-12) @ flow_slope(shares, p)
@@ -115,16 +127,27 @@ def test_with_a_kl_penalty_the_best_policy_tilts_the_reference(seed, K, beta):
     assert gap.item() == pytest.approx(beta * kl_divergence(shares.log(), optimum).item(), abs=beta * EXACT)
 
 
-def test_internal_feedback_rises_then_falls_only_by_a_confident_wrong_pattern():
-    """Garbled, step by step, and confidently wrong: certainties .2, 1, 1.6, success rates .1, .8, .2. The flow of the
-    certainty first trades garbled for step by step, then all for the wrong one; that of success only rises. Without
-    the third pattern certainty only rises too."""
+def course_of_feedback(shares, certainty, p):
+    """The accuracy along the flow that climbs the certainty."""
+    return torch.stack([(pi * p).sum() for pi in flow(shares, certainty, steps=3000, dt=1.0)])
+
+
+def test_internal_feedback_can_rise_and_end_below_its_start_by_a_confident_wrong_pattern():
+    """Garbled, step by step, and confidently wrong. Certainty first trades garbled for step by step, then all for the
+    wrong one, as the surest pattern takes all in the end. Without the third pattern accuracy only rises."""
     shares = torch.tensor([0.55, 0.40, 0.05])
     certainty, p = torch.tensor([0.2, 1.0, 1.6]), torch.tensor([0.1, 0.8, 0.2])
-    accuracy = torch.stack([(pi * p).sum() for pi in flow(shares, certainty, steps=3000)])
+    accuracy = course_of_feedback(shares, certainty, p)
     assert accuracy[0] < 0.4 and accuracy.max() > 0.7 and accuracy[-1] < 0.25
-    two = [(pi * p[:2]).sum() for pi in flow(shares[:2] / shares[:2].sum(), certainty[:2], steps=3000)]
-    assert (torch.stack(two).diff() >= 0).all()
+    assert (course_of_feedback(shares[:2] / shares[:2].sum(), certainty[:2], p[:2]).diff() >= 0).all()
+
+
+def test_internal_feedback_can_fall_for_a_while_though_the_surest_pattern_is_the_best():
+    """A counter-example to "only by a confident wrong pattern": here the entanglement of regime 2 does it."""
+    shares, certainty = torch.tensor([0.05, 0.15, 0.80]), torch.tensor([1.0, 0.95, 0.2])
+    accuracy = course_of_feedback(shares, certainty, torch.tensor([1.0, 0.1, 0.0]))
+    falls = accuracy.cummax(dim=0).values - accuracy
+    assert falls.max() > 0.02 and accuracy[-1] > 0.95
 
 
 @given(p=st.lists(st.floats(0.01, 0.99), min_size=2, max_size=8))
@@ -221,7 +244,7 @@ def test_shares_and_success_rates_are_those_of_each_prompt(seed):
     exact chance, which here is that of the end token, after the pattern's, coming next."""
     task = TinyTask({"a": 1.0, "b": 1.0})
     model, pairs = tiny_gpt(seed, task.vocab_size, task.block_size), task.heldout_pairs.repeat(400, 1)
-    shares, success = (values.view(400, 2, 2) for values in patterns(model, task, pairs, generator(seed)))
+    shares, success = (values.view(400, 2, 2) for values in pattern_rates(model, task, pairs, generator(seed)))
     for prompt, (pattern, token) in itertools.product((0, 1), enumerate((2, 3))):
         exact = model(torch.tensor([[prompt, token]])).softmax(dim=-1)[0]
         assert shares[0, prompt, pattern].item() == pytest.approx(exact[0, token].item())
@@ -233,7 +256,7 @@ def test_shares_are_read_at_the_end_of_the_prompt(seed):
     """One prompt at a time, of several tokens."""
     task = Addition(1)
     model, pairs = tiny_gpt(seed, task.vocab_size, task.block_size), task.heldout_pairs[:3]
-    shares, _ = patterns(model, task, pairs, generator(seed))
+    shares, _ = pattern_rates(model, task, pairs, generator(seed))
     for row, pair in zip(shares, pairs.tolist(), strict=True):
         probabilities = model(torch.tensor([task.encode(task.prompt(*pair))]))[0, -1].softmax(dim=-1)
         torch.testing.assert_close(row, probabilities[task.encode("DSG")], rtol=0, atol=ROUNDING)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,11 +149,16 @@ def test_stage_2_starts_with_a_fresh_optimiser(tmp_path):
 def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
     """GPT-NeoX's checkpoints call the classifier otherwise than its model does, and a resumed Trainer passes it over:
     so the README has people load the model from the checkpoint too."""
-    whole = trained(tiny(kind), tmp_path / "whole", save_strategy="steps", save_steps=1)
+
+    def run(model, out, **changes):
+        optimizers = RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2)
+        return trained(model, tmp_path / out, optimizers=optimizers, **changes)
+
+    whole = run(tiny(kind), "whole", save_strategy="steps", save_steps=1)
     for step in (1, 2, 4):
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
         model = tiny("gpt2", seed=1) if kind == "gpt2" else GPTNeoXForCausalLM.from_pretrained(checkpoint)
-        resumed = trained(model, tmp_path / "resumed", resume=checkpoint)
+        resumed = run(model, "resumed", resume=checkpoint)
         assert all(same(*pair) for pair in zip(resumed.seen[-1], whole.seen[-1], strict=True))
         assert resumed.moved() == STAGES[step:]
 
@@ -160,17 +166,21 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
 def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
     """Group 0 is the classifier's."""
     model = tiny("gpt2")
-    watch = trained(model, tmp_path, optimizers=RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2))
+    optimizers = RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2)
+    watch = trained(model, tmp_path, optimizers=optimizers)
+    assert all(group["weight_decay"] == 0 for group in optimizers[0].param_groups)
     assert watch.rates == [pytest.approx([2e-2, 1e-3])] * 2 + [pytest.approx([1e-3, 1e-3])] * 3
     assert watch.moved() == STAGES
 
 
-def test_the_readme_s_own_call_trains(tmp_path):
-    """With two updates in place of its twenty and more."""
+def test_the_readme_s_own_call_trains_and_a_second_train_is_refused(tmp_path):
+    """With two updates of stage 1 in place of its twenty."""
     names = RECIPE | {"model": tiny("gpt2"), "reward": reward, "prompts": prompts(), "config": config(tmp_path)}
     names["GRPOTrainer"] = partial(GRPOTrainer, processing_class=character_tokenizer(ALPHABET, END))
-    exec(USAGE.replace("k=20", "k=2"), names)
+    exec(USAGE.replace("k = 20", "k = 2"), names)
     assert names["trainer"].state.global_step == 5
+    with pytest.raises(ValueError, match=r"a second train\(\) goes on with the first one's optimiser"):
+        names["trainer"].train()
 
 
 def without_output_embeddings(model):
@@ -192,7 +202,8 @@ def frozen(model):
         (lambda: tiny("gpt2"), -1, "k=-1 is not between 0 and max_steps=5"),
         (lambda: tiny("gpt2"), 6, "k=6 is not between 0 and max_steps=5"),
         (lambda: without_output_embeddings(tiny("gpt2")), 2, "GPT2LMHeadModel has no output embedding"),
-        (lambda: frozen(tiny("gpt2")), 2, r"what was frozen before train\(\) is unknown to the optimiser"),
+        (lambda: tiny("gpt2"), 2.5, "k=2.5 is not between 0 and max_steps=5"),
+        (lambda: frozen(tiny("gpt2")), 2, "a parameter is frozen or unknown to the optimiser"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_update(make, k, message, tmp_path):
@@ -201,6 +212,21 @@ def test_what_cannot_work_is_refused_before_any_update(make, k, message, tmp_pat
     with pytest.raises(ValueError, match=message):
         trained(model, tmp_path, k)
     assert same(before, model.parameters())
+
+
+def test_what_two_rates_would_unfreeze_is_refused(tmp_path):
+    """Its optimiser knows every parameter, frozen ones too."""
+    model = frozen(tiny("gpt2"))
+    with pytest.raises(ValueError, match="a parameter is frozen"):
+        trained(model, tmp_path, optimizers=RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2))
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    """As if the run had asked for FSDP: none is needed to see the sentence."""
+    callback, model = RECIPE["ClassifierFirst"](2), tiny("gpt2")
+    args, state = SimpleNamespace(fsdp="full_shard", deepspeed=None), SimpleNamespace(max_steps=5, global_step=0)
+    with pytest.raises(ValueError, match="FSDP and ZeRO cannot change what learns"):
+        callback.on_train_begin(args, state, None, model, torch.optim.AdamW(model.parameters()))
 
 
 def test_two_processes_agree_and_keep_the_stages(tmp_path):

@@ -93,7 +93,7 @@ def plot_diversity(results, path):
             plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
         axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
         axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
-        axes.legend(frameon=False, loc="center right" if experiment == "confidence" else "lower right")
+        axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -42,7 +42,7 @@ PAIRED = (
     ("pass@64", "best_of_64", "+.3f"),
     ("answers in 64", "different_answers", "+.1f"),
 )
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, from 1 degree of freedom on
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, 1 degree of freedom and more
 
 
 def over_seeds(values, form):

@@ -296,7 +296,7 @@ def test_an_experiment_is_other_defaults_that_flags_override(name, monkeypatch, 
 def test_intervals_are_student_s_and_differences_are_paired_by_seed():
     """Three values 1, 2, 3: the mean's standard error is 1/sqrt(3), Student's t with 2 degrees of freedom 4.30."""
     assert tables.cell({"x": [1.0, 2.0, 3.0]}, "x", ".2f") == "2.00 ±2.48"
-    assert tables.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.098"  # 1.96 x 0.5025 / 10
+    assert tables.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.100"  # 1.984 x 0.5025 / 10
     names = [name for _, name, _ in tables.PAIRED]
     summary = {"sft": {}, "rl": {"seed": [0, 1]} | dict.fromkeys(names, [1.0, 5.0])}
     summary |= {"cf-rl": {"seed": [0, 1]} | dict.fromkeys(names, [2.0, 6.0]), "kl": {"seed": [0]}}

@@ -127,6 +127,11 @@ MUTANTS = [
     ("minicfrl.py", "kl_divergence(batch.state_logits, reference)", "kl_divergence(reference, batch.state_logits)", "test_patterns"),
     ("minicfrl.py", "kl.sum().item() / len(answers)", "kl.mean().item()", "test_patterns"),
     ("model.py", "logp.exp() * (logp", "reference.softmax(dim=-1) * (logp", "test_patterns"),
+    ("train_toy.py", "for m in (probe.start, model)]", "for m in (model, probe.start)]", "test_cli"),
+    ("train_toy.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "pass", "test_cli"),
+    ("train_toy.py", "{**NO_UPDATE, **NOTHING_YET, **record}", "record", "test_cli"),
+    ("minicfrl.py", "reference.argmax(dim=1)).float()", "reference.argmin(dim=1)).float()", "test_patterns"),
+    ("assets/report.py", "values[position == t].mean()", "values[position == t].sum()", "test_cli"),
     ("assets/report.py", "return shares * (values", "return (values", "test_patterns"),
 ]  # fmt: skip
 

@@ -27,9 +27,9 @@ SELECTION = (
     ("by shares", "gain_by_shares", "+.2f"),
     ("by success", "gain_by_success", "+.2f"),
     ("KL", "kl", ".2f"),
-    ("of the 1st token", "kl_first", ".2f"),
+    ("KL, 1st token", "kl_first", ".2f"),
     ("1st changed", "changed_first", ".0%"),
-    ("others", "changed_later", ".1%"),
+    ("later changed", "changed_later", ".1%"),
 )
 DIVERSITY = tuple((f"pass@{2**i}", f"best_of_{2**i}", ".2f") for i in range(7)) + (
     ("answers in 64", "different_answers", ".1f"),

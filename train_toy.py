@@ -82,7 +82,7 @@ EXPERIMENTS = {
     "classifier": dict(seeds=5, arms="rl,cf-rl,rl-classifier-lr,body-first,random-w", sft_steps=300),
     "lp-ft": dict(seeds=5, arms="rl,cf-rl,ft,lp-ft", sft_steps=300),
     "regime-1": dict(
-        seeds=5, arms="rl,rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=16
+        seeds=5, arms="rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=16
     ),
     "regime-2": dict(seeds=5, arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
     "rlif": dict(seeds=5, arms="self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),

@@ -66,12 +66,14 @@ def plot_patterns(results, path):
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     panels = (("regime-1", "share_S"), ("regime-2", "share_S"), ("regime-1", "accuracy"))
+    arms = dict.fromkeys(results["regime-2"][0].arm_list + results["regime-1"][0].arm_list)
+    colours = dict(zip(arms, COLOURS, strict=False))  # one for an arm, in all panels
     for axes, (experiment, name) in zip(figure.subplots(1, 3), panels, strict=True):
         config, summary = results[experiment]
-        for colour, arm in zip(COLOURS, config.arm_list, strict=False):
+        for arm in config.arm_list:
             if name == "accuracy" or config.rl(arm).reward == "verifier":
                 curves = summary[arm]["curves"]
-                plot_band(axes, curves["step"][0], curves[name], arm, "-", colour)
+                plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
         label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
         axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
         axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))

@@ -176,6 +176,11 @@ def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=No
     return Rollout(tokens, mask, logits, rewards, tuple(responses))
 
 
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
 BASELINES = ("std", "mean", "rloo", "none")
 
 
@@ -196,8 +201,7 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
         raise ValueError(f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
     if not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
-    if kind not in BASELINES:
-        raise ValueError(f"kind must be one of {', '.join(BASELINES)}, not {kind!r}")
+    _check_choice("kind", kind, BASELINES)
     if kind == "none":
         return rewards.clone()
     G = rewards.size(1)
@@ -226,8 +230,7 @@ def reward_by(kind: str, batch: Rollout, generator=None) -> Tensor:
     The last two are internal feedback: the policy is its own judge. They are constants, never differentiated.
     ValueError for another kind.
     """
-    if kind not in REWARDS:
-        raise ValueError(f"reward must be one of {', '.join(REWARDS)}, not {kind!r}")
+    _check_choice("reward", kind, REWARDS)
     if kind == "verifier":
         return batch.rewards
     if kind == "coin flips":
@@ -431,12 +434,9 @@ class RLConfig:
                 raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
         if self.stage_1 not in ("classifier", "body", "all"):
             raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward must be one of {', '.join(REWARDS)}, not {self.reward!r}")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("reward", self.reward, REWARDS)
+        _check_choice("baseline", self.baseline, BASELINES)
         if self.samples == 1 and self.baseline != "none":
             raise ValueError(f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
 
@@ -586,6 +586,15 @@ def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> di
 
 
 @torch.no_grad()
+def departure(batch: Rollout, start: GPT) -> tuple[Tensor, Tensor]:
+    """How the policy that sampled `batch` differs from `start` at its N states: KL(policy || start) in nats, and 1.0
+    where the likeliest token is another one, (N,) twice."""
+    reference = start(batch.tokens)[batch.state_mask]  # (N, V)
+    changed = batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)
+    return kl_divergence(batch.state_logits, reference), changed.float()
+
+
+@torch.no_grad()
 def evaluate(
     model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8, k: int = 8
 ) -> dict[str, float]:
@@ -600,9 +609,7 @@ def evaluate(
     correct = batch.rewards.sum(dim=1).int().tolist()
     answers = [task.answer(response) for response in batch.responses]
     first = (batch.state_mask.cumsum(dim=1) == 1)[batch.state_mask]  # (N,), the states that choose the pattern
-    reference = probe.start(batch.tokens)[batch.state_mask]  # (N, V)
-    kl = kl_divergence(batch.state_logits, reference)  # (N,)
-    changed = (batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)).float()
+    kl, changed = departure(batch, probe.start)  # (N,) twice
     start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
     row = {

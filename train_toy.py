@@ -305,9 +305,10 @@ def train_start(config, out, seed, bar):
     """Fine-tune the starting policy. Its one row, step 0, begins the curve of every arm."""
     task = Addition(config.digits)
     model = GPT(GPTConfig(task.vocab_size, task.block_size), generator(seed, "init"))
-    bar.reset(total=sum(stage.steps for stage in config.finetuning().values()))
+    stages = config.finetuning()
+    bar.reset(total=sum(stage.steps for stage in stages.values()))
     clock = time.perf_counter()
-    for name, stage in config.finetuning().items():
+    for name, stage in stages.items():
         for record in supervised_finetune(model, task, stage, generator(seed, name)):
             bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
             bar.update()

@@ -6,6 +6,7 @@ works from the copy: after a change of the code, whose lines it counts.
 """
 
 import ast
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,8 +24,7 @@ import torch  # noqa: E402
 import train_toy  # noqa: E402
 from assets import tables  # noqa: E402
 from assets.tables import over_seeds  # noqa: E402
-from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
-from model import kl_divergence  # noqa: E402
+from minicfrl import Addition, departure, group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
 from ntk import agreement, logit_change  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results.json"
@@ -43,60 +43,62 @@ def plot_band(axes, xs, curves, label, style, colour):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_curves(config, summary, path):
-    """Accuracy, entropy and the share of pattern S against updates."""
+@contextlib.contextmanager
+def panels_in(path, count):
+    """Panels side by side to draw in; the figure is saved at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
-    panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
-    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        shown = (arm for arm in config.arm_list if arm in summary)
-        for colour, arm in zip(itertools.cycle(COLOURS), shown, strict=False):
-            curves = summary[arm]["curves"]
-            style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
-            plot_band(axes, curves["step"][0], curves[name], arm, style, colour)
-        axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, None if name == "entropy" else 1))
-    axes.legend(frameon=False)
+    yield figure.subplots(1, count)
     figure.savefig(path, format="png", dpi=150)
+
+
+def plot_curves(config, summary, path):
+    """Accuracy, entropy and the share of pattern S against updates."""
+    panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
+    shown = [arm for arm in config.arm_list if arm in summary]
+    with panels_in(path, len(panels)) as figure:
+        for axes, (name, label) in zip(figure, panels.items(), strict=True):
+            for colour, arm in zip(itertools.cycle(COLOURS), shown, strict=False):
+                curves = summary[arm]["curves"]
+                style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
+                plot_band(axes, curves["step"][0], curves[name], arm, style, colour)
+            top = None if name == "entropy" else 1
+            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, top))
+        axes.legend(frameon=False)
 
 
 def plot_patterns(results, path):
     """The best pattern's share in two regimes, and accuracy with the verifier and with internal feedback."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), layout="constrained")
     panels = (("regime-1", "share_S"), ("regime-2", "share_S"), ("regime-1", "accuracy"))
     arms = dict.fromkeys(results["regime-2"][0].arm_list + results["regime-1"][0].arm_list)
     colours = dict(zip(arms, COLOURS, strict=False))  # one for an arm, in all panels
-    for axes, (experiment, name) in zip(figure.subplots(1, 3), panels, strict=True):
-        config, summary = results[experiment]
-        for arm in config.arm_list:
-            if name == "accuracy" or config.rl(arm).reward == "verifier":
-                curves = summary[arm]["curves"]
-                plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
-        label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
-        axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
-        axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
-        axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
-    figure.savefig(path, format="png", dpi=150)
+    with panels_in(path, len(panels)) as figure:
+        for axes, (experiment, name) in zip(figure, panels, strict=True):
+            config, summary = results[experiment]
+            for arm in config.arm_list:
+                if name == "accuracy" or config.rl(arm).reward == "verifier":
+                    curves = summary[arm]["curves"]
+                    plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
+            label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
+            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
+            axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
+            axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
 
 
 def plot_diversity(results, path):
     """pass@k against k, before and after RL, for each starting policy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, experiment in zip(figure.subplots(1, 2), ("confidence", "learning"), strict=True):
-        _, summary = results[experiment]
-        names = [name for _, name, _ in tables.DIVERSITY[:-1]]
-        shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
-        for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
-            curves = list(zip(*(summary[arm][name] for name in names), strict=True))
-            plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
-        axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
-        axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
-        axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, format="png", dpi=150)
+    with panels_in(path, 2) as figure:
+        for axes, experiment in zip(figure, ("confidence", "learning"), strict=True):
+            _, summary = results[experiment]
+            names = [name for _, name, _ in tables.DIVERSITY[:-1]]
+            shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
+            for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
+                curves = list(zip(*(summary[arm][name] for name in names), strict=True))
+                plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
+            axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
+            axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
+            axes.legend(frameon=False, loc="lower right")
 
 
 def lines_of_code(path):
@@ -163,10 +165,10 @@ def lp_ft_table(config, summary):
     return markdown(*rows)
 
 
-def per_position(values, mask):
-    """The mean over the states (N,) of `mask` (B, T) at each position of the response, 0 the end of the prompt."""
+def states_by_position(mask):
+    """For each position of the response, 0 the end of the prompt: which of the N states of `mask` (B, T) are there."""
     position = (mask.cumsum(dim=1) - 1)[mask]  # (N,)
-    return [values[position == t].mean().item() for t in range(int(position.max()) + 1)]
+    return [position == t for t in range(int(position.max()) + 1)]
 
 
 def by_position(config, out):
@@ -185,13 +187,12 @@ def by_position(config, out):
         policy_gradient_loss(sequence_logp(model, batch.tokens), advantages, batch.mask[:, 1:]).backward()
         step = {name: -parameter.grad for name, parameter in model.named_parameters()}
         agreements = agreement(*logit_change(model, probe.tokens, probe.state_mask, step))  # (N,)
-        position = (probe.state_mask.cumsum(dim=1) - 1)[probe.state_mask]  # (N,)
         features = model.features(probe.tokens)[probe.state_mask].detach()
-        states = [position == t for t in range(int(position.max()) + 1)]
+        states = states_by_position(probe.state_mask)
         cosines = [train_toy.cosines(features[here]) for here in states]
         measures["cosine"].append([c.mean().item() for c in cosines])
         measures["positive"].append([(c > 0).float().mean().item() for c in cosines])
-        measures["agreement"].append(per_position(agreements, probe.state_mask))
+        measures["agreement"].append([agreements[here].mean().item() for here in states])
     return measures
 
 
@@ -240,11 +241,8 @@ def changes_by_position(config, out, arm="rl"):
         (task, start), (_, model) = (train_toy.load_policy(config, out, name, seed) for name in ("sft", arm))
         prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[: config.final_prompts].tolist()]
         batch = rollout(model, task, prompts, train_toy.SAMPLES, train_toy.generator(seed, "by position"))
-        with torch.no_grad():
-            logits, reference = batch.state_logits, start(batch.tokens)[batch.state_mask]  # (N, V) twice
-        changed = (logits.argmax(dim=1) != reference.argmax(dim=1)).float()
-        measures["changed"].append(per_position(changed, batch.state_mask))
-        measures["kl"].append(per_position(kl_divergence(logits, reference), batch.state_mask))
+        for name, values in zip(("kl", "changed"), departure(batch, start), strict=True):
+            measures[name].append([values[here].mean().item() for here in states_by_position(batch.state_mask)])
     return measures
 
 

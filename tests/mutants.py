@@ -130,8 +130,8 @@ MUTANTS = [
     ("train_toy.py", "for m in (probe.start, model)]", "for m in (model, probe.start)]", "test_cli"),
     ("train_toy.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "pass", "test_cli"),
     ("train_toy.py", "{**NO_UPDATE, **NOTHING_YET, **record}", "record", "test_cli"),
-    ("minicfrl.py", "reference.argmax(dim=1)).float()", "reference.argmin(dim=1)).float()", "test_patterns"),
-    ("assets/report.py", "values[position == t].mean()", "values[position == t].sum()", "test_cli"),
+    ("minicfrl.py", "!= reference.argmax(dim=1)", "!= reference.argmin(dim=1)", "test_patterns"),
+    ("assets/report.py", "values[here].mean()", "values[here].sum()", "test_cli"),
     ("assets/report.py", "return shares * (values", "return (values", "test_patterns"),
 ]  # fmt: skip
 

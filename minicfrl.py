@@ -1,11 +1,11 @@
 """Classifier-first reinforcement learning (CF-RL) on arithmetic whose answers a program can verify.
 
 CF-RL (Tomihari, arXiv 2601.04670) is policy-gradient RL in two stages: first the classifier W alone, then the whole
-policy. This file holds all of it but the policy itself (model.py): the task and its verifier, rollouts, group
-advantages (E2), the policy-gradient loss (E3), the same gradient for W written out by hand (E4), the two stages (E5),
-an optional KL penalty (E6), the supervised fine-tuning that makes the starting policy, and the evaluation, which also
-tells whether RL selected reasoning patterns or improved them (E10). Left out on purpose: replay, ratio clipping,
-several updates per batch, temperature, a Trainer. Every batch is sampled from the policy it updates.
+policy. This file holds all of it but the policy itself (model.py): the task and its verifier; rollouts; group
+advantages (E2), the policy-gradient loss (E3), the same gradient for W written out by hand (E4), an optional KL
+penalty (E6) and the two stages (E5); and the supervised fine-tuning that makes the starting policy. Left out on
+purpose: replay, ratio clipping, several updates per batch, temperature, a Trainer. Every batch is sampled from the
+policy it updates.
 
 Shapes: P prompts, G samples per prompt, R = P*G rows, T tokens, L = T-1 states, V vocabulary, d features. A state is
 the position a token is predicted FROM, so the response token at t was chosen by the state at t-1. Entropy is in nats.
@@ -15,14 +15,14 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import tiktoken
 import torch
 from torch import Tensor
 
-from model import GPT, check_counts, check_tokens, confidence, entropy, kl_divergence, sample
+from model import GPT, check_counts, check_tokens, entropy, residuals, sample, token_logp
 
 # ---------------------------------------------------------------------------------------------------------------- task
 
@@ -129,7 +129,7 @@ class Addition:
         return self.tokenizer.decode(tokens)
 
 
-# ------------------------------------------------------------------------------------------------- rollouts and rewards
+# ------------------------------------------------------------------------------------------------------------- rollouts
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,98 @@ def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=No
     return Rollout(tokens, mask, logits, rewards, tuple(responses))
 
 
+def verified(batch: Rollout, generator=None) -> Tensor:
+    """The rewards (P, G) to train on: the verifier's own. An experiment may put another judge in its place."""
+    return batch.rewards
+
+
+# -------------------------------------------------------------------------------------------------- settings and checks
+
+
 def _check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def _check_stages(config):
+    if type(config.classifier_steps) is not int or not 0 <= config.classifier_steps <= config.steps:
+        raise ValueError(f"classifier_steps={config.classifier_steps!r} is not between 0 and steps={config.steps}")
+
+
 BASELINES = ("std", "mean", "rloo", "none")
+OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}  # names in torch.optim
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning; `classifier_steps` > 0 makes it CF-RL. ValueError for unusable values."""
+
+    steps: int = 80  # updates, those of stage 1 included
+    classifier_steps: int = 0  # updates of stage 1
+    prompts: int = 32  # per update
+    samples: int = 8  # responses per prompt: the group
+    optimizer: str = "adam"  # or sgd
+    lr: float = 4e-4  # the optimiser's
+    classifier_lr: float = 8e-3  # the same for W in stage 1
+    stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
+    reward: Callable = verified  # (Rollout, generator) -> rewards (P, G)
+    baseline: str = "std"  # the kind of group_advantages
+    kl: float = 0.0  # lambda of (E6), per nat
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
+        _check_stages(self)
+        for name in ("lr", "classifier_lr", "kl"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
+        if self.stage_1 not in ("classifier", "body", "all"):
+            raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
+        if not callable(self.reward):
+            raise ValueError(f"reward must be a function of a rollout, not {self.reward!r}")
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("baseline", self.baseline, BASELINES)
+        if self.samples == 1 and self.baseline != "none":
+            raise ValueError(f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
+
+
+@contextlib.contextmanager
+def naming_the_step(step):
+    """Within, a FloatingPointError says at which step it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from None
+
+
+def _require_finite(name, value):
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value}")
+
+
+def _descend(optimizer):
+    """One optimiser step along the gradients in place; returns their norm. FloatingPointError if it is not finite."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    _require_finite("gradient norm", norm)
+    optimizer.step()
+    return norm
+
+
+def _check_rows(mask, advantages, **others):
+    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
+    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
+        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
+
+
+def _token_count(mask, count):
+    count = int(mask.sum()) if count is None else count
+    if count < 1:
+        raise ValueError("mask selects no token")
+    return count
+
+
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
@@ -215,59 +301,10 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     return advantages.masked_fill(span <= rounding, 0.0)
 
 
-REWARDS = ("verifier", "coin flips", "self-certainty", "log-probability")
-
-
-def reward_by(kind: str, batch: Rollout, generator=None) -> Tensor:
-    """The rewards (P, G) to train on, of sampled responses.
-
-    verifier         the task's own: is the answer right?
-    coin flips       0 or 1, whatever the response: the control for what RL does without anything to learn
-    self-certainty   KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)
-    log-probability  log pi(response) in nats. Its policy gradient (no std) is exactly minus the responses' entropy's:
-                     grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation
-
-    The last two are internal feedback: the policy is its own judge. They are constants, never differentiated.
-    ValueError for another kind.
-    """
-    _check_choice("reward", kind, REWARDS)
-    if kind == "verifier":
-        return batch.rewards
-    if kind == "coin flips":
-        return torch.randint(2, batch.rewards.shape, generator=generator).to(batch.rewards.dtype)
-    mask = batch.mask[:, 1:]
-    if kind == "log-probability":
-        return batch.logp.masked_fill(~mask, 0.0).sum(dim=1).view_as(batch.rewards)
-    certainty = kl_divergence(torch.zeros_like(batch.logits), batch.logits)  # (R, L)
-    return (certainty.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).view_as(batch.rewards)
-
-
-# ---------------------------------------------------------------------------------------------------- losses, gradients
-
-
-def token_logp(logits: Tensor, actions: Tensor) -> Tensor:
-    """log pi(action) in nats: logits (..., V), actions (...) -> (...)."""
-    return logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-
 def sequence_logp(model: GPT, tokens: Tensor) -> Tensor:
     """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats. ValueError for bad tokens."""
     check_tokens(model, tokens)
     return token_logp(model(tokens)[:, :-1], tokens[:, 1:])
-
-
-def _check_rows(mask, advantages, **others):
-    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
-    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
-        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
-
-
-def _token_count(mask, count):
-    count = int(mask.sum()) if count is None else count
-    if count < 1:
-        raise ValueError("mask selects no token")
-    return count
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
@@ -278,13 +315,6 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
     """
     _check_rows(mask, advantages, logp=logp)
     return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / _token_count(mask, count)  # (E3)
-
-
-def residuals(logits: Tensor, actions: Tensor) -> Tensor:
-    """e_y - pi, the gradient of log pi(y) in the logits: logits (N, V), actions (N,) -> (N, V)."""
-    g = -logits.softmax(dim=-1)
-    g[torch.arange(len(g)), actions] += 1
-    return g
 
 
 def classifier_gradient(
@@ -315,35 +345,76 @@ def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, sample
     return ratio - ratio.mean(dim=1, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+SLICE = 128  # rows scored at once
 
 
-@contextlib.contextmanager
-def naming_the_step(step):
-    """Within, a FloatingPointError says at which step it happened."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}") from None
+def _backward(model, batch, advantages, classifier_only):
+    """Leave the gradient of (E3), or in stage 1 of W alone, in `.grad`. Rows without advantage add exactly nothing to
+    it, so only the others are scored, a slice at a time: with one count of tokens for the batch the slices add up."""
+    W, count = model.classifier.weight, int(batch.mask.sum())
+    for rows in advantages.nonzero().flatten().split(SLICE):
+        tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
+        if classifier_only:
+            with torch.no_grad():  # nothing is differentiated
+                features = model.features(tokens)[:, :-1]  # (R, L, d)
+                logits, actions = model.classifier(features), tokens[:, 1:]
+                gradient = classifier_gradient(features, logits, actions, advantages[rows], mask, count)  # (E4)
+                W.grad = gradient if W.grad is None else W.grad + gradient
+        else:
+            loss = policy_gradient_loss(sequence_logp(model, tokens), advantages[rows], mask, count)  # (E3)
+            _require_finite("loss", loss.item())
+            loss.backward()
 
 
-def _require_finite(name, value):
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the {name} is {value}")
+def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
+    """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
+
+    Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
+    classifier_steps = 0 there is nothing else. With stage_1="all" both stages train everything at the same learning
+    rates and with the same restart: the control that tells the freezing from the classifier's learning rate.
+
+    Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
+    over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled in this
+    update). Raises FloatingPointError, naming the step and the quantity, rather than train on what is not finite.
+    """
+    reference = copy.deepcopy(model) if config.kl else None
+    for step in range(1, config.steps + 1):
+        stage = 1 if step <= config.classifier_steps else 2
+        trained = config.stage_1 if stage == 1 else "all"
+        if step in (1, config.classifier_steps + 1):  # (E5)
+            classifier_lr = config.classifier_lr if stage == 1 else config.lr
+            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}] if trained != "body" else []
+            if trained != "classifier":
+                groups.append({"params": model.body.parameters(), "lr": config.lr})
+            optimizer = getattr(torch.optim, OPTIMIZERS[config.optimizer])(groups)
+        with naming_the_step(step):
+            # Sample G responses to each of P training prompts, and let the verifier judge them.
+            pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
+            batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, generator)
+            rewards = config.reward(batch, generator)  # (P, G)
+            # Compare every sample with its group.
+            advantages = group_advantages(rewards, config.baseline)  # (P, G)  (E2)
+            if reference is not None:
+                with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit
+                    logp, reference_logp = (sequence_logp(policy, batch.tokens) for policy in (model, reference))
+                log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
+                advantages = advantages - config.kl * log_ratio  # (E6)
+            # Gradient and step.
+            optimizer.zero_grad()
+            _backward(model, batch, advantages.flatten(), trained == "classifier")
+            gradient_norm = _descend(optimizer)
+        yield {
+            "step": step,
+            "stage": stage,
+            "reward": rewards.mean().item(),
+            "entropy": entropy(batch.state_logits).mean().item(),
+            "flat": 1 - (advantages != 0).float().mean().item(),
+            "gradient_norm": gradient_norm,
+            "tokens": int(batch.mask.sum()),
+        }
 
 
-def _descend(optimizer):
-    """One optimiser step along the gradients in place; returns their norm. FloatingPointError if it is not finite."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-    _require_finite("gradient norm", norm)
-    optimizer.step()
-    return norm
-
-
-def _check_stages(config):
-    if type(config.classifier_steps) is not int or not 0 <= config.classifier_steps <= config.steps:
-        raise ValueError(f"classifier_steps={config.classifier_steps!r} is not between 0 and steps={config.steps}")
+# -------------------------------------------------------------------------------------------------- the starting policy
 
 
 @dataclass(frozen=True)
@@ -363,15 +434,10 @@ class SFTConfig:
         _check_stages(self)
         if len(self.mixture) != len(Addition.patterns):
             raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
-        if not (
-            all(0 <= lr < math.inf for lr in (self.lr, self.classifier_lr))
-            and 0 <= self.noise <= 1
-            and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
-        ):
-            raise ValueError(
-                f"lr={self.lr}, classifier_lr={self.classifier_lr}, noise={self.noise} or mixture={self.mixture} "
-                f"is out of range"
-            )
+        rates_fit = all(0 <= lr < math.inf for lr in (self.lr, self.classifier_lr))
+        if not (rates_fit and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf):
+            values = f"lr={self.lr}, classifier_lr={self.classifier_lr}, noise={self.noise} or mixture={self.mixture}"
+            raise ValueError(f"{values} is out of range")
 
 
 def _demonstrations(task, config, generator):
@@ -405,230 +471,3 @@ def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Itera
             _require_finite("loss", loss.item())
             _descend(optimizer)
         yield {"step": step, "stage": stage, "loss": loss.item()}
-
-
-OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}  # names in torch.optim
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    """Reinforcement learning; `classifier_steps` > 0 makes it CF-RL. ValueError for unusable values."""
-
-    steps: int = 80  # updates, those of stage 1 included
-    classifier_steps: int = 0  # updates of stage 1
-    prompts: int = 32  # per update
-    samples: int = 8  # responses per prompt: the group
-    optimizer: str = "adam"  # or sgd
-    lr: float = 4e-4  # the optimiser's
-    classifier_lr: float = 8e-3  # the same for W in stage 1
-    stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
-    reward: str = "verifier"  # the kind of reward_by
-    baseline: str = "std"  # the kind of group_advantages
-    kl: float = 0.0  # lambda of (E6), per nat
-
-    def __post_init__(self):
-        check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
-        _check_stages(self)
-        for name in ("lr", "classifier_lr", "kl"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
-        if self.stage_1 not in ("classifier", "body", "all"):
-            raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("reward", self.reward, REWARDS)
-        _check_choice("baseline", self.baseline, BASELINES)
-        if self.samples == 1 and self.baseline != "none":
-            raise ValueError(f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
-
-
-def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
-    """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
-
-    Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
-    classifier_steps = 0 there is nothing else. With stage_1="all" both stages train everything at the same learning
-    rates and with the same restart: the control that tells the freezing from the classifier's learning rate.
-
-    Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
-    over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled in this
-    update). Raises FloatingPointError, naming the step and the quantity, rather than train on what is not finite.
-    """
-    reference = copy.deepcopy(model) if config.kl else None
-    for step in range(1, config.steps + 1):
-        stage = 1 if step <= config.classifier_steps else 2
-        trained = config.stage_1 if stage == 1 else "all"
-        if step in (1, config.classifier_steps + 1):  # (E5)
-            classifier_lr = config.classifier_lr if stage == 1 else config.lr
-            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}] if trained != "body" else []
-            if trained != "classifier":
-                groups.append({"params": model.body.parameters(), "lr": config.lr})
-            optimizer = getattr(torch.optim, OPTIMIZERS[config.optimizer])(groups)
-        with naming_the_step(step):
-            record = _rl_update(model, task, config, optimizer, trained == "classifier", reference, generator)
-        yield {"step": step, "stage": stage, **record}
-
-
-SLICE = 128  # rows scored at once
-
-
-def _rl_update(model, task, config, optimizer, classifier_only, reference, generator):
-    # 1. Sample G responses to each of P training prompts; the verifier, or what stands in for it, rewards them.
-    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
-    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, generator)
-    rewards = reward_by(config.reward, batch, generator)  # (P, G)
-
-    # 2. Compare every sample with its group.
-    advantages = group_advantages(rewards, config.baseline)  # (P, G)  (E2)
-    if reference is not None:
-        with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit, not up to rounding
-            logp, reference_logp = sequence_logp(model, batch.tokens), sequence_logp(reference, batch.tokens)
-        log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
-        advantages = advantages - config.kl * log_ratio  # (E6)
-    advantages = advantages.flatten()  # (R,)
-
-    # 3. The gradient. Rows without advantage add exactly nothing to it, so only the others are scored, a slice at a
-    # time: that keeps the activations small, and with one count of tokens for the whole batch the slices add up.
-    used, count, W = advantages != 0, int(batch.mask.sum()), model.classifier.weight
-    optimizer.zero_grad()
-    for rows in used.nonzero().flatten().split(SLICE):
-        tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
-        if classifier_only:  # nothing is differentiated
-            with torch.no_grad():
-                features = model.features(tokens)[:, :-1]  # (R, L, d)
-                logits, actions = model.classifier(features), tokens[:, 1:]
-                gradient = classifier_gradient(features, logits, actions, advantages[rows], mask, count)  # (E4)
-                W.grad = gradient if W.grad is None else W.grad + gradient
-        else:
-            loss = policy_gradient_loss(sequence_logp(model, tokens), advantages[rows], mask, count)  # (E3)
-            _require_finite("loss", loss.item())
-            loss.backward()
-
-    # 4. Step.
-    return {
-        "reward": rewards.mean().item(),
-        "entropy": entropy(batch.state_logits).mean().item(),
-        "flat": 1 - used.float().mean().item(),
-        "gradient_norm": _descend(optimizer),
-        "tokens": count,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate, from n samples of which `correct` are right, of the chance that k samples hold a right one.
-
-    1 - C(n - correct, k) / C(n, k)  (Chen et al., arXiv 2107.03374). ValueError for impossible counts.
-    """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} of {correct} right among {n} samples makes no sense")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-@torch.no_grad()
-def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> dict[str, float]:
-    """What more samples buy, on the prompts of `pairs` (B, 2): pass@k for k = 1, 2, 4, ... `samples` under the keys
-    best_of_K, and the number of different answers among all samples of a prompt, different_answers."""
-    ks = [2**i for i in range(samples.bit_length())]
-    passed, different = dict.fromkeys(ks, 0.0), 0
-    for a, b in pairs.tolist():
-        batch = rollout(model, task, [task.prompt(a, b)], samples, generator)
-        correct = int(batch.rewards.sum())
-        passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
-        different += len({task.answer(response) for response in batch.responses})
-    return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """States that are followed through training: those of responses of one fixed policy, the start."""
-
-    tokens: Tensor  # (B, T)
-    advantages: Tensor  # (B,), of the responses, compared with each other
-    state_mask: Tensor  # (B, T) bool, N states
-    start: GPT  # a copy of the policy that wrote them
-
-
-@torch.no_grad()
-def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
-    """The states of one sampled response to each operand pair of `pairs` (B, 2)."""
-    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], 1, generator)
-    advantages = group_advantages(batch.rewards.T, "mean")[0]  # (B,)
-    return Probe(batch.tokens, advantages, batch.state_mask, copy.deepcopy(model))
-
-
-@torch.no_grad()
-def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
-    """Shares and success rates of the K reasoning patterns at each prompt of `pairs` (B, 2): (B, K) twice.
-
-    A share is the probability of the pattern's token as the first of the response; success is whether one response
-    that is forced to begin with it is right, an unbiased estimate of the chance.
-    """
-    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
-    first = model(torch.tensor([task.encode(prompt) for prompt in prompts]))[:, -1].softmax(dim=-1)  # (B, V)
-    success = [rollout(model, task, prompts, 1, generator, pattern).rewards for pattern in task.patterns]
-    return first[:, task.encode(task.patterns)], torch.cat(success, dim=1)
-
-
-def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """What the change of accuracy is due to, between two results of `pattern_rates`: to the patterns' shares pi, or to
-    their success rates p. With accuracy = sum_r pi_r p_r and bar for the mean of before and after,
-
-        change of accuracy = sum_r (change of pi_r) bar p_r  +  sum_r bar pi_r (change of p_r)          (E10)
-
-    exactly, prompt by prompt; the result is averaged over prompts. Our derivation, of what Chen et al. (arXiv
-    2506.04695) say: that RL selects patterns, whose own success rates stay what they were.
-    """
-    (shares, success), (new_shares, new_success) = before, after
-    by_shares = (new_shares - shares) * (success + new_success) / 2  # (B, K)  (E10)
-    by_success = (shares + new_shares) / 2 * (new_success - success)  # (B, K)
-    return {"gain_by_shares": by_shares.sum(1).mean().item(), "gain_by_success": by_success.sum(1).mean().item()}
-
-
-@torch.no_grad()
-def departure(batch: Rollout, start: GPT) -> tuple[Tensor, Tensor]:
-    """How the policy that sampled `batch` differs from `start` at its N states: KL(policy || start) in nats, and 1.0
-    where the likeliest token is another one, (N,) twice."""
-    reference = start(batch.tokens)[batch.state_mask]  # (N, V)
-    changed = batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)
-    return kl_divergence(batch.state_logits, reference), changed.float()
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8, k: int = 8
-) -> dict[str, float]:
-    """Measure the policy on the prompts of `pairs` (B, 2), with `samples` samples each, and on the probe's states.
-
-    Confidence appears twice, since RL moves the states as well as what is predicted there: entropy and confidence on
-    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every key is explained in
-    assets/results.md.
-    """
-    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
-    batch = rollout(model, task, prompts, samples, generator)
-    correct = batch.rewards.sum(dim=1).int().tolist()
-    answers = [task.answer(response) for response in batch.responses]
-    first = (batch.state_mask.cumsum(dim=1) == 1)[batch.state_mask]  # (N,), the states that choose the pattern
-    kl, changed = departure(batch, probe.start)  # (N,) twice
-    start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
-    probe_logits = model.classifier(features)
-    row = {
-        "accuracy": batch.rewards.mean().item(),
-        "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
-        f"pass_at_{k}": sum(pass_at_k(samples, c, k) for c in correct) / len(prompts),
-        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(prompts),
-        "entropy": entropy(batch.state_logits).mean().item(),
-        "confidence": confidence(batch.state_logits).mean().item(),
-        "probe_entropy": entropy(probe_logits).mean().item(),
-        "probe_confidence": confidence(probe_logits).mean().item(),
-        "kl": kl.sum().item() / len(answers),
-        "kl_first": kl[first].mean().item(),
-        "changed_first": changed[first].mean().item(),
-        "changed_later": changed[~first].mean().item(),
-        "classifier_norm": model.classifier.weight.norm().item(),
-        "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
-    }
-    shares, success = (values.mean(dim=0).tolist() for values in pattern_rates(model, task, pairs, generator))
-    for pattern, share, right in zip(task.patterns, shares, success, strict=True):
-        row |= {f"share_{pattern}": share, f"success_{pattern}": right}
-    return row

@@ -61,9 +61,10 @@ class Attention(nn.Module):
             cache[:] = k, v
         S = k.size(2)
         scores = q @ k.transpose(2, 3) / math.sqrt(d // self.n_head)  # (B, h, T, S)
-        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
-        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # -inf: the future weighs exactly 0
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, T, d))
+        if T > 1:  # the last position has no future
+            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
+            scores = scores.masked_fill(future, -math.inf)  # -inf: it weighs exactly 0
+        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, d))
 
 
 class Block(nn.Module):
@@ -138,10 +139,16 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1).amax(dim=-1)
 
 
-def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(reference)) in nats: (..., V) twice -> (...)."""
-    logp = logits.log_softmax(dim=-1)
-    return (logp.exp() * (logp - reference.log_softmax(dim=-1))).sum(dim=-1)
+def token_logp(logits: Tensor, actions: Tensor) -> Tensor:
+    """log pi(action) in nats: logits (..., V), actions (...) -> (...)."""
+    return logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def residuals(logits: Tensor, actions: Tensor) -> Tensor:
+    """e_y - pi, the gradient of log pi(y) in the logits: logits (N, V), actions (N,) -> (N, V)."""
+    g = -logits.softmax(dim=-1)
+    g[torch.arange(len(g)), actions] += 1
+    return g
 
 
 def check_tokens(model: GPT, tokens: Tensor):

@@ -6,9 +6,10 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
     R(x, x') = <phi(x), phi(x')> I_V          the representation component: what moving W does
     G(x, x') = W J(x) J(x')^T W^T             the gradient component: what moving the body does, J = d phi / d theta
 
-`empirical_ntk` computes R and G exactly, `gradient_by_definition` does it in four lines that are slow. For an update
-other than a plain gradient step, Adam's for one, no kernel is needed: `logit_change` splits any update into the same
-two parts (E8), and `entropy_change` and `confidence_change` turn a change of logits into one of confidence (E9).
+`empirical_ntk` computes R and G exactly, `gradient_by_definition` does it in four lines that are slow. `influence` is
+what they do to the sampled tokens: who teaches whom (E10). For an update other than a plain gradient step, Adam's for
+one, no kernel is needed: `logit_change` splits any update into the same two parts (E8), and `entropy_change` and
+`confidence_change` turn a change of logits into one of confidence (E9).
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
 
@@ -23,9 +24,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, jvp, vjp
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
-from model import GPT, check_counts, check_tokens, confidence, entropy
+from model import GPT, check_counts, check_tokens, confidence, entropy, residuals, token_logp
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,42 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     phi, dphi = jvp(features, (theta,), (dtheta,))  # (N, d) each
     W = parameters["classifier.weight"]
     return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
+
+
+def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """Who teaches whom: R's and G's part, (N, N) each, of what sampled token i does to log pi of sampled token j,
+
+        A_i g_j^T K(x_j, x_i) g_i,    g = e_y - pi,                                                 (E10)
+
+    to first order and per unit of the step size. `mask` (B, T) selects the states that chose the tokens, the ones after
+    them; `advantages` (B,) are the rows'. Summed over i this is the change of log pi_j in one gradient step on
+    sum_i A_i log pi_i, up to second order (E7). Our derivation.
+
+    R's part is A_i <phi_i, phi_j> <g_i, g_j>; G's is A_i times the inner product of the two tokens' gradients of log pi
+    in the body. So no V x V block is needed. Cost, with P parameters: N backward passes of one row, N^2 P
+    multiplications, N P numbers to hold. ValueError as `empirical_ntk`, and for a state that no token follows.
+    """
+    check_counts(chunk=chunk)
+    _check_states(model, tokens, mask)
+    if mask[:, -1].any():
+        raise ValueError("mask selects the last position, which no token follows")
+    if advantages.shape != mask.shape[:1]:
+        raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
+    body, W = copy.deepcopy(model.body), model.classifier.weight.detach()
+    theta = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    row, t = mask.nonzero(as_tuple=True)  # (N,) each
+    here = F.one_hot(t, tokens.size(1))[:, :-1]  # (N, T-1)
+
+    def logp(theta, tokens, here):
+        phi = functional_call(body, theta, (tokens[None],))[0, :-1]  # (T-1, d)
+        return (token_logp(phi @ W.T, tokens[1:]) * here).sum()
+
+    gradients = vmap(grad(logp), (None, 0, 0), chunk_size=chunk)(theta, tokens[row], here)
+    gradients = torch.cat([part.flatten(1) for part in gradients.values()], dim=1)  # (N, P)
+    phi = model.features(tokens)[mask].detach()  # (N, d)
+    g = residuals(phi @ W.T, tokens[row, t + 1])  # (N, V)
+    A = advantages[row, None]  # (N, 1)
+    return A * (phi @ phi.T) * (g @ g.T), A * (gradients @ gradients.T)  # (E10)
 
 
 def agreement(R: Tensor, G: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from torch.func import functional_call, jacrev, vmap
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_toy  # noqa: E402
-from assets.report import markdown  # noqa: E402
-from assets.tables import over_seeds  # noqa: E402
+from experiments.arms import generator as draws_for  # noqa: E402
+from experiments.report import markdown  # noqa: E402
+from experiments.tables import over_seeds  # noqa: E402
 from minicfrl import (  # noqa: E402
     SLICE,
     Addition,
@@ -284,13 +284,13 @@ def learn_alike(seeds=5):
     """Plain RL and CF-RL from the same starting policies, by train_rl and by TRL."""
     task, courses = Addition(), {}
     for seed in range(seeds):
-        start = GPT(GPTConfig(task.vocab_size, task.block_size), train_toy.generator(seed, "init"))
-        for _ in supervised_finetune(start, task, SFTConfig(), train_toy.generator(seed, "sft")):
+        start = GPT(GPTConfig(task.vocab_size, task.block_size), draws_for(seed, "init"))
+        for _ in supervised_finetune(start, task, SFTConfig(), draws_for(seed, "sft")):
             pass
         for arm, config in {"rl": RLConfig(), "cf-rl": RLConfig(classifier_steps=20)}.items():
             for name, engine in {"`train_rl`": by_train_rl, "TRL": by_trl}.items():
                 course = Course(task, seed)
-                engine(copy.deepcopy(start), task, config, train_toy.generator(seed, "rl"), course)
+                engine(copy.deepcopy(start), task, config, draws_for(seed, "rl"), course)
                 courses.setdefault(arm, {}).setdefault(name, []).append(course)
     rows = [["arm, trainer", *(f"update {step}" for step in (20, 40, 60, 80)), "sec"]]
     for arm, engines in courses.items():

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import Phase, settings
+from tiny_runs import run
 
 collect_ignore = ["trl_bridge.py"]  # needs the extra `trl`; test_trl_recipe.py skips itself without it
 torch.set_num_threads(1)
@@ -24,3 +25,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture(autouse=True, scope="session")
 def float64():
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, float64):
+    """One finished tiny run, to look at. Tests do not change it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def only_stage_1(tmp_path_factory, float64):
+    """A run in which nothing moves but the classifier in stage 1."""
+    out = tmp_path_factory.mktemp("runs") / "only-stage-1"
+    assert run(out, "--arms", "cf-rl,random-w,lp-ft,random-reward-sgd,sft-rl-sgd", "--lr", "0", "--sgd-lr", "0") == 0
+    return out

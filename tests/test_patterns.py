@@ -1,7 +1,7 @@
 """The second paper's theory (Chen et al., arXiv 2506.04695): RL as selection among patterns, on the patterns alone.
 
 K patterns with logits theta, shares pi = softmax theta, and fixed values p (success rates, or certainties) that the
-expected gradient raises: theta'_r = pi_r (p_r - ACC), ACC = sum_r pi_r p_r. `flow` in assets/report.py follows it.
+expected gradient raises: theta'_r = pi_r (p_r - ACC), ACC = sum_r pi_r p_r. `flow` in experiments/report.py follows it.
 """
 
 import itertools
@@ -13,19 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, every_response, generator, gradients, seeds, tiny_gpt
 
-from assets.report import flow, flow_slope
-from minicfrl import (
-    Addition,
-    Rollout,
-    evaluate,
-    make_probe,
-    pattern_rates,
-    reward_by,
-    rollout,
-    selection,
-    sequence_logp,
-)
-from model import kl_divergence
+from experiments.arms import coin_flips, kl_divergence, log_probability, self_certainty
+from experiments.measures import evaluate, make_probe, pattern_rates, selection
+from experiments.report import flow, flow_slope
+from minicfrl import Addition, Rollout, rollout, sequence_logp
 
 EXACT = 1e-10  # sums over some dozen responses in float64
 
@@ -183,7 +174,7 @@ def test_the_log_probability_reward_is_exactly_minus_the_entropy_gradient(seed):
     model, batch = all_responses(seed, length=2)
     logp = (sequence_logp(model, batch.tokens) * batch.mask[:, 1:]).sum(dim=1)
     minus_entropy = (logp.exp() * logp).sum()
-    estimate = expected_policy_gradient(model, batch, reward_by("log-probability", batch))
+    estimate = expected_policy_gradient(model, batch, log_probability(batch))
     torch.testing.assert_close(estimate, gradients(model, minus_entropy), rtol=0, atol=EXACT)
 
 
@@ -193,7 +184,7 @@ def test_self_certainty_does_not_move_its_own_state(seed):
     acts by steering to states that are certain later. With two tokens there is such a later state."""
     for length in (1, 2):
         model, batch = all_responses(seed, length)
-        gradient = expected_policy_gradient(model, batch, reward_by("self-certainty", batch))
+        gradient = expected_policy_gradient(model, batch, self_certainty(batch))
         assert (gradient.abs().max() < EXACT) == (length == 1)
 
 
@@ -207,7 +198,7 @@ def test_self_certainty_is_the_mean_divergence_of_the_uniform_distribution_from_
     for logits, mask in zip(batch.logits, batch.mask[:, 1:], strict=True):
         states = [torch.distributions.Categorical(logits=state) for state in logits[mask]]
         expected.append(sum(torch.distributions.kl_divergence(uniform, state) for state in states) / len(states))
-    rewards = reward_by("self-certainty", batch)
+    rewards = self_certainty(batch)
     torch.testing.assert_close(rewards, torch.stack(expected).view(2, 3), rtol=0, atol=ROUNDING)
 
 
@@ -216,11 +207,9 @@ def test_coin_flips_are_fair_whatever_the_response_and_a_seed_repeats_them():
     empty = torch.zeros(1, 1)
     for truth in (torch.zeros(100, 100), torch.ones(100, 100)):
         batch = Rollout(empty, empty, empty, truth, ())
-        flips = reward_by("coin flips", batch, generator(0))
+        flips = coin_flips(batch, generator(0))
         assert flips.unique().tolist() == [0, 1] and abs(flips.mean() - 0.5) < 5 * 0.5 / 10_000**0.5
-        assert (flips == reward_by("coin flips", batch, generator(0))).all()
-    with pytest.raises(ValueError, match="reward must be one of verifier, .*, not 'praise'"):
-        reward_by("praise", batch)
+        assert (flips == coin_flips(batch, generator(0))).all()
 
 
 # ------------------------------------------------------------------------------------------- what a change is due to
@@ -228,7 +217,7 @@ def test_coin_flips_are_fair_whatever_the_response_and_a_seed_repeats_them():
 
 @given(seed=seeds, B=st.integers(1, 4), K=st.integers(1, 4))
 def test_the_change_of_accuracy_is_split_without_a_rest(seed, B, K):
-    """(E10), the product rule for finite differences; and what does not change is not the cause."""
+    """(E11), the product rule for finite differences; and what does not change is not the cause."""
     draws = torch.rand(4, B, K, generator=generator(seed))
     before, after = (draws[0], draws[1]), (draws[2], draws[3])
     total = (draws[2] * draws[3] - draws[0] * draws[1]).sum(dim=1).mean().item()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, generator, gradients, seeds, tiny_gpt
 
+from experiments.arms import coin_flips, log_probability, self_certainty
 from minicfrl import (
     Addition,
     RLConfig,
@@ -22,6 +23,7 @@ from minicfrl import (
     sequence_logp,
     supervised_finetune,
     train_rl,
+    verified,
 )
 
 REWARDS = {"": 0.2, "a": 1.0, "aa": 0.5, "b": -1.0, "0": -0.5, "1": 0.1, "ab": 0.7}
@@ -284,12 +286,12 @@ def test_rl_raises_the_reward_and_supervision_lowers_the_loss():
 def test_other_rewards_train_the_policy_where_the_verifier_rewards_nothing():
     """TinyTask() is never content, so under its own reward nothing moves. To reward the sampled log-probability is to
     descend the entropy: 60 updates leave a tenth of it."""
-    for reward in ("verifier", "coin flips", "self-certainty", "log-probability"):
+    for reward in (verified, coin_flips, self_certainty, log_probability):
         model = policy(0)
         before = weights(model)
         list(train_rl(model, TinyTask(), dataclasses.replace(FAST, steps=1, reward=reward), generator(0)))
-        assert bool(moved(before, model)) == (reward != "verifier")
-    _, records = trained(0, dataclasses.replace(FAST, steps=60, reward="log-probability"), TinyTask())
+        assert bool(moved(before, model)) == (reward is not verified)
+    _, records = trained(0, dataclasses.replace(FAST, steps=60, reward=log_probability), TinyTask())
     assert records[-1]["entropy"] < 0.1 * records[0]["entropy"]
 
 
@@ -360,10 +362,7 @@ def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
         (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
         (dict(stage_1="head"), "stage_1 must be classifier, body or all, not 'head'"),
         (dict(optimizer="lion"), "optimizer must be one of adam, sgd, not 'lion'"),
-        (
-            dict(reward="praise"),
-            "reward must be one of verifier, coin flips, self-certainty, log-probability, not 'praise'",
-        ),
+        (dict(reward="praise"), "reward must be a function of a rollout, not 'praise'"),
         (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
         (dict(lr=-1.0), "lr must be finite and not negative, not -1.0"),
         (dict(kl=float("nan")), "kl must be finite and not negative, not nan"),

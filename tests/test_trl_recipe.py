@@ -1,8 +1,9 @@
-"""The README's recipe for a real model, as it stands there, on tiny models and TRL's own trainer. Offline, on a CPU."""
+"""The recipe for a real model on tiny models and TRL's own trainer, used as the README says. Offline, on a CPU."""
 
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -20,14 +21,17 @@ with warnings.catch_warnings():
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    from trl_bridge import PLAIN, character_tokenizer, from_transformers, recipe, to_transformers, trl_trainer
+    from trl_bridge import PLAIN, character_tokenizer, from_transformers, to_transformers, trl_trainer
+
+    from experiments.trl_recipe import ClassifierFirst, two_rates
 
 from tiny import generator, tiny_gpt
 
 from minicfrl import Addition, RLConfig, policy_gradient_loss, sequence_logp
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-RECIPE, USAGE = recipe()
+ROOT = Path(__file__).parent.parent
+USAGE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 ALPHABET = "0123456789+="
 END = len(ALPHABET)
 
@@ -109,7 +113,7 @@ def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), 
         args=config(out, **changes),
         train_dataset=prompts(),
         processing_class=character_tokenizer(ALPHABET, END),
-        callbacks=[RECIPE["ClassifierFirst"](k, freeze), watch],
+        callbacks=[ClassifierFirst(k, freeze), watch],
         optimizers=optimizers,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -152,7 +156,7 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
     so the README has people load the model from the checkpoint too."""
 
     def run(model, out, **changes):
-        optimizers = RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2)
+        optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
         return trained(model, tmp_path / out, optimizers=optimizers, **changes)
 
     whole = run(tiny(kind), "whole", save_strategy="steps", save_steps=1)
@@ -167,7 +171,7 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
 def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
     """Group 0 is the classifier's."""
     model = tiny("gpt2")
-    optimizers = RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2)
+    optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
     watch = trained(model, tmp_path, optimizers=optimizers)
     assert all(group["weight_decay"] == 0 for group in optimizers[0].param_groups)
     assert watch.rates == [pytest.approx([2e-2, 1e-3])] * 2 + [pytest.approx([1e-3, 1e-3])] * 3
@@ -176,9 +180,10 @@ def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
 
 def test_the_readme_s_own_call_trains_and_a_second_train_is_refused(tmp_path):
     """With two updates of stage 1 in place of its twenty."""
-    names = RECIPE | {"model": tiny("gpt2"), "reward": reward, "prompts": prompts(), "config": config(tmp_path)}
+    names = {"ClassifierFirst": ClassifierFirst, "two_rates": two_rates, "reward": reward, "prompts": prompts()}
+    names |= {"model": tiny("gpt2"), "config": config(tmp_path)}
     names["GRPOTrainer"] = partial(GRPOTrainer, processing_class=character_tokenizer(ALPHABET, END))
-    exec(USAGE.replace("k = 20", "k = 2"), names)
+    exec(USAGE.replace("k=20", "k=2"), names)
     assert names["trainer"].state.global_step == 5
     with pytest.raises(ValueError, match=r"a second train\(\) goes on with the first one's optimiser"):
         names["trainer"].train()
@@ -219,12 +224,12 @@ def test_what_two_rates_would_unfreeze_is_refused(tmp_path):
     """Its optimiser knows every parameter, frozen ones too."""
     model = frozen(tiny("gpt2"))
     with pytest.raises(ValueError, match="a parameter is frozen"):
-        trained(model, tmp_path, optimizers=RECIPE["two_rates"](model, k=2, lr=1e-3, classifier_lr=2e-2))
+        trained(model, tmp_path, optimizers=two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2))
 
 
 def test_sharded_parameters_are_refused(tmp_path):
     """As if the run had asked for FSDP: none is needed to see the sentence."""
-    callback, model = RECIPE["ClassifierFirst"](2), tiny("gpt2")
+    callback, model = ClassifierFirst(2), tiny("gpt2")
     args, state = SimpleNamespace(fsdp="full_shard", deepspeed=None), SimpleNamespace(max_steps=5, global_step=0)
     with pytest.raises(ValueError, match="FSDP and ZeRO cannot change what learns"):
         callback.on_train_begin(args, state, None, model, torch.optim.AdamW(model.parameters()))

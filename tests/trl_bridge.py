@@ -1,10 +1,7 @@
 """From the toy to TRL and back: its policy as a transformers GPT-2, its task as TRL's tokenizer, reward and prompts.
 
-Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark.py; the recipe itself is in the README.
+Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark.py; the recipe itself is in experiments/trl_recipe.py.
 """
-
-import re
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -12,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-README = Path(__file__).parent.parent / "README.md"
+from experiments.trl_recipe import ClassifierFirst, two_rates
 
 # One process on a CPU, nothing but training: no files, no logs, no truncated sampling.
 PLAIN = dict(
@@ -27,14 +24,6 @@ PLAIN = dict(
     report_to="none",
     disable_tqdm=True,
 )
-
-
-def recipe():
-    """The README's code blocks, the first one run: {name: what it defines}, and the text of the second."""
-    definitions, usage = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
-    exec(definitions, names)
-    return names, usage
 
 
 def character_tokenizer(alphabet, end_token):
@@ -105,15 +94,14 @@ def trl_trainer(hf, task, rl, draws, out, callbacks, **changes):
         shuffle_dataset=False,
         **PLAIN | changes,
     )
-    names, _ = recipe()
     trainer = GRPOTrainer(
         hf,
         reward,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": task.prompt(a, b)} for a, b in pairs.tolist()]),
         processing_class=character_tokenizer(task.alphabet, task.end_token),
-        callbacks=[names["ClassifierFirst"](rl.classifier_steps), *callbacks],
-        optimizers=names["two_rates"](hf, rl.classifier_steps, rl.lr, rl.classifier_lr),
+        callbacks=[ClassifierFirst(rl.classifier_steps), *callbacks],
+        optimizers=two_rates(hf, rl.classifier_steps, rl.lr, rl.classifier_lr),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,13 +1,14 @@
-"""Write the README's numbers and draw its figures from the experiments' runs: python assets/report.py [DIR ...]
+"""Write the pages' numbers and draw their pictures from the experiments' runs: python -m experiments.report [DIR ...]
 
-Between the README's `report` marks nothing is typed by hand: this command writes it from assets/results.json, its own
-copy of the runs' configurations and summaries, and a test checks that it would write the same again. Without a DIR it
-works from the copy: after a change of the code, whose lines it counts.
+Between a page's `report` marks nothing is typed by hand: this command writes it from results.json, its own copy of the
+runs' configurations and summaries, and a test checks that it would write the same again. Without a DIR it works from
+the copy: after a change of the code, whose lines it counts.
 """
 
 import ast
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -16,89 +17,22 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+from experiments import claims, figures, tables
+from experiments.arms import CONTROLS, EXPERIMENTS, SAMPLES, Config, generator
+from experiments.measures import cosines, departure, start_probe
+from experiments.one_update import closely
+from experiments.runs import load_policy, read_config, write_text
+from experiments.tables import over_seeds
+from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp, verified
+from ntk import agreement, logit_change
 
-import train_toy  # noqa: E402
-from assets import tables  # noqa: E402
-from assets.tables import over_seeds  # noqa: E402
-from minicfrl import Addition, departure, group_advantages, policy_gradient_loss, rollout, sequence_logp  # noqa: E402
-from ntk import agreement, logit_change  # noqa: E402
-
-RESULTS = ROOT / "assets" / "results.json"
-FILES = ("model.py", "minicfrl.py", "ntk.py", "train_toy.py", "assets/tables.py")
-
-
-# Okabe and Ito's: safe for the colour-blind.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-
-
-def plot_band(axes, xs, curves, label, style, colour):
-    """The median over seeds of curves, one per seed, and a band from min to max."""
-    by_x = list(zip(*curves, strict=True))
-    axes.plot(xs, [statistics.median(ys) for ys in by_x], style, color=colour, label=label)
-    axes.fill_between(xs, *([f(ys) for ys in by_x] for f in (min, max)), color=colour, alpha=0.2, linewidth=0)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-@contextlib.contextmanager
-def panels_in(path, count):
-    """Panels side by side to draw in; the figure is saved at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    yield figure.subplots(1, count)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def plot_curves(config, summary, path):
-    """Accuracy, entropy and the share of pattern S against updates."""
-    panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
-    shown = [arm for arm in config.arm_list if arm in summary]
-    with panels_in(path, len(panels)) as figure:
-        for axes, (name, label) in zip(figure, panels.items(), strict=True):
-            for colour, arm in zip(itertools.cycle(COLOURS), shown, strict=False):
-                curves = summary[arm]["curves"]
-                style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
-                plot_band(axes, curves["step"][0], curves[name], arm, style, colour)
-            top = None if name == "entropy" else 1
-            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, top))
-        axes.legend(frameon=False)
-
-
-def plot_patterns(results, path):
-    """The best pattern's share in two regimes, and accuracy with the verifier and with internal feedback."""
-    panels = (("regime-1", "share_S"), ("regime-2", "share_S"), ("regime-1", "accuracy"))
-    arms = dict.fromkeys(results["regime-2"][0].arm_list + results["regime-1"][0].arm_list)
-    colours = dict(zip(arms, COLOURS, strict=False))  # one for an arm, in all panels
-    with panels_in(path, len(panels)) as figure:
-        for axes, (experiment, name) in zip(figure, panels, strict=True):
-            config, summary = results[experiment]
-            for arm in config.arm_list:
-                if name == "accuracy" or config.rl(arm).reward == "verifier":
-                    curves = summary[arm]["curves"]
-                    plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
-            label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
-            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
-            axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
-            axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
-
-
-def plot_diversity(results, path):
-    """pass@k against k, before and after RL, for each starting policy."""
-    with panels_in(path, 2) as figure:
-        for axes, experiment in zip(figure, ("confidence", "learning"), strict=True):
-            _, summary = results[experiment]
-            names = [name for _, name, _ in tables.DIVERSITY[:-1]]
-            shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
-            for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
-                curves = list(zip(*(summary[arm][name] for name in names), strict=True))
-                plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
-            axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
-            axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
-            axes.legend(frameon=False, loc="lower right")
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results.json"
+BOOK = ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")
+LABORATORY = tuple(sorted(path.relative_to(ROOT).as_posix() for path in HERE.glob("*.py")))
 
 
 def lines_of_code(path):
@@ -117,8 +51,8 @@ def falls(curve):
     return max(max(curve[: i + 1]) - value for i, value in enumerate(curve))
 
 
-def markdown(heading, *rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + ["---:"] * (len(heading) - 1), *rows))
+def markdown(heading, *rows, align="---:"):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + [align] * (len(heading) - 1), *rows))
 
 
 def at(summary, arm, name, step, rows="stages"):
@@ -179,19 +113,19 @@ def by_position(config, out):
     """
     measures = {"cosine": [], "positive": [], "agreement": []}
     for seed, arm in config.jobs("sft"):
-        task, model = train_toy.load_policy(config, out, arm, seed)
-        probe = train_toy.start_probe(config, task, model, seed)
+        task, model = load_policy(config, out, arm, seed)
+        probe = start_probe(config, task, model, seed)
         prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
-        batch = rollout(model, task, prompts, config.samples, train_toy.generator(seed, "by position"))
+        batch = rollout(model, task, prompts, config.samples, generator(seed, "by position"))
         advantages = group_advantages(batch.rewards).flatten()
         policy_gradient_loss(sequence_logp(model, batch.tokens), advantages, batch.mask[:, 1:]).backward()
         step = {name: -parameter.grad for name, parameter in model.named_parameters()}
         agreements = agreement(*logit_change(model, probe.tokens, probe.state_mask, step))  # (N,)
         features = model.features(probe.tokens)[probe.state_mask].detach()
         states = states_by_position(probe.state_mask)
-        cosines = [train_toy.cosines(features[here]) for here in states]
-        measures["cosine"].append([c.mean().item() for c in cosines])
-        measures["positive"].append([(c > 0).float().mean().item() for c in cosines])
+        alike = [cosines(features[here]) for here in states]
+        measures["cosine"].append([c.mean().item() for c in alike])
+        measures["positive"].append([(c > 0).float().mean().item() for c in alike])
         measures["agreement"].append([agreements[here].mean().item() for here in states])
     return measures
 
@@ -238,9 +172,9 @@ def changes_by_position(config, out, arm="rl"):
     is another than the start's, and KL(arm || start) in nats, which adds up to that of whole responses."""
     measures = {"changed": [], "kl": []}
     for seed, _ in config.jobs(arm):
-        (task, start), (_, model) = (train_toy.load_policy(config, out, name, seed) for name in ("sft", arm))
+        (task, start), (_, model) = (load_policy(config, out, name, seed) for name in ("sft", arm))
         prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[: config.final_prompts].tolist()]
-        batch = rollout(model, task, prompts, train_toy.SAMPLES, train_toy.generator(seed, "by position"))
+        batch = rollout(model, task, prompts, SAMPLES, generator(seed, "by position"))
         for name, values in zip(("kl", "changed"), departure(batch, start), strict=True):
             measures[name].append([values[here].mean().item() for here in states_by_position(batch.state_mask)])
     return measures
@@ -262,8 +196,8 @@ def dip_table(config, summary):
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
-def second_paper_table(results):
-    """Accuracy's course, what its change is due to (E10), and where the patterns end: an arm of an experiment a row."""
+def courses_table(results):
+    """Accuracy's course, what its change is due to (E11), and where the patterns end: an arm of an experiment a row."""
     rows = [["experiment", "arm", "start", "highest", "end", "by shares", "by success", "D/S/G at the end"]]
     shown = {"confidence": ["rl"], "learning": ["rl"]}
     shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}
@@ -309,19 +243,108 @@ FEATURE_COLUMNS = (
 )
 
 
-def sections(results, positions):
-    """{name of a report mark: what the README says there}."""
+def run_output(config, summary):
+    """What the default command prints first and last: its first seed, three of the arms."""
+
+    def first(values):
+        if isinstance(values, dict):
+            return {name: first(each) for name, each in values.items()}
+        return values[:1]
+
+    config = dataclasses.replace(config, seeds=1, arms=Config.arms)
+    summary = {arm: first(summary[arm]) for arm in ("sft", *config.arm_list)}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        tables.print_tables(config, summary)
+    first_table, _, _ = printed.getvalue().strip().partition("\n\n")
+    return f"```\n{first_table}\n...\n{textwrap.fill(tables.verdict(config, summary), tables.WIDTH)}\n```"
+
+
+def group_table(update):
+    """The four responses: reward, advantage (E2), and e_y - pi at the three patterns, at the end of the prompt."""
+    rows = [["response", "reward", "advantage", *(f"e_y − π at {pattern}" for pattern in Addition.patterns)]]
+    columns = ("responses", "rewards", "advantages", "residuals")
+    for response, reward, advantage, residuals in zip(*(update[name] for name in columns), strict=True):
+        rows.append([f"`{response}`", f"{reward:.0f}", f"{advantage:+.2f}", *(f"{g:+.3f}" for g in residuals)])
+    rows.append(["Σ A (e_y − π)", "", "", *(f"{push:+.3f}" for push in update["pushes"])])
+    return markdown(*rows)
+
+
+def classifier_rows_table(update):
+    """(E4) for two tokens: what the end of the prompt gives, and the whole row, by hand and by autograd."""
+    N, length = update["tokens"], update["feature_norm"]
+    rows = [["row of dL/dW", "from the end of the prompt", "its norm", "the whole row, by (E4)", "by autograd"]]
+    for pattern in "SD":
+        k = Addition.patterns.index(pattern)
+        push = update["pushes"][k]
+        rows.append([pattern, f"−({push:+.0f} / {N}) φᵀ", f"{abs(push) * length / N:.4f}"])
+        rows[-1] += [f"{update[name][k]:.4f}" for name in ("rows_by_hand", "rows_by_autograd")]
+    return markdown(*rows)
+
+
+def prediction_table(update):
+    """What (E7) said of the patterns' probabilities, and what happened."""
+    rows = [["pattern", "before", "R says", "G says", "together", "what happened", "with W alone"]]
+    columns = ("probabilities", "by_R", "by_G", "after", "after_W")
+    for pattern, before, by_R, by_G, after, after_W in zip(
+        Addition.patterns, *(update[name] for name in columns), strict=True
+    ):
+        changes = [f"{value:+.4f}" for value in (by_R, by_G, by_R + by_G, after, after_W)]
+        rows.append([pattern, f"{before:.4f}", *changes])
+    return markdown(*rows)
+
+
+def found(results):
+    """The three bullets of the first screen."""
+    now, later = (claims.Evidence(results, experiment) for experiment in ("confidence", "learning"))
+    lead = {
+        (e, arm): e.minus(arm, "rl", claims.RUN)
+        for e, arm in itertools.product((now, later), ("cf-rl", "rl-classifier-lr", "cf-rl-same-lr"))
+    }
+    bullets = (
+        "**CF-RL is faster than plain RL, and so is the same run without the freezing.** Mean accuracy over the run, "
+        f"minus plain RL's: CF-RL {lead[now, 'cf-rl']}, the control that freezes nothing "
+        f"{lead[now, 'rl-classifier-lr']}, CF-RL at plain RL's learning rate {lead[now, 'cf-rl-same-lr']}. From a "
+        f"start that cannot add yet: {lead[later, 'cf-rl']}, {lead[later, 'rl-classifier-lr']}, "
+        f"{lead[later, 'cf-rl-same-lr']}. A classifier that learns faster is "
+        "enough; what the order of the stages adds, these runs cannot tell.",
+        "**RL makes the policy sure of itself**, as the paper says: the probability of its likeliest token rises from "
+        f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. The moves of the classifier explain "
+        f"{now.through_W('rl-sgd')} of the rise with SGD, {now.through_W('rl')} with Adam.",
+        "**RL selects more than it teaches.** Of what accuracy gains, "
+        f"{now.of('rl', 'gain_by_shares', '+.2f')} comes from choosing the best way to answer more often, "
+        f"{now.of('rl', 'gain_by_success', '+.2f')} from getting better at one.",
+    )
+    return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
+
+
+def wrapped(text, indent=""):
+    """Lines of a page; a number stays on a line with its interval."""
+    text = textwrap.fill(text.replace(" ±", "~±"), 118, subsequent_indent=indent, break_on_hyphens=False)
+    return text.replace("~±", " ±")
+
+
+def sections(results, positions, update):
+    """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
-    rl = [arm for arm in config.arm_list if config.rl(arm).reward == "verifier"]
+    rl = [arm for arm in config.arm_list if config.rl(arm).reward is verified]
     learnt = {arm: summary[arm] for arm in rl}
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
-    count = {name: lines_of_code(ROOT / name) for name in FILES}
+    count = {name: lines_of_code(ROOT / name) for name in BOOK}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
     paired, learning = tables.paired_table, results["learning"]
     return {
-        "size": f"It is {sum(count.values())} lines of code in five files, comments, docstrings and blanks aside.",
+        "found": found(results),
+        "output": run_output(config, summary),
+        "claims": markdown(*claims.rows(results), align="---"),
+        "size": f"The four files are {sum(count.values())} lines of code, comments, docstrings and blanks aside: "
+        + ", ".join(f"{name} {lines}" for name, lines in count.items())
+        + ".",
+        "group": group_table(update),
+        "classifier rows": classifier_rows_table(update),
+        "prediction": prediction_table(update),
         "table": markdown(*tables.table(summary)),
         "microscope": markdown(*tables.table(learnt, tables.MICROSCOPE)),
         "paired": markdown(*paired(summary)),
@@ -335,7 +358,7 @@ def sections(results, positions):
         "learning selection": markdown(*tables.table(tables.without_start(learning[1]), tables.SELECTION)),
         "regime-1": markdown(*tables.table(results["regime-1"][1])),
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
-        "second paper": second_paper_table(results),
+        "courses": courses_table(results),
         "dip": dip_table(*results["regime-2"]),
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
@@ -344,20 +367,16 @@ def sections(results, positions):
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
-        "verdict": textwrap.fill(tables.verdict(config, summary), 118),
-        "spread": textwrap.fill(
+        "spread": wrapped(
             f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "
             f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
             f"Updates to {config.threshold:g}, seed by seed: {updates}. "
-            f"With stage 1 for free, as the paper counts, cf-rl {summary['cf-rl']['full_updates_to_threshold']}.",
-            118,
-            break_on_hyphens=False,
+            f"With stage 1 for free, as the paper counts, cf-rl {summary['cf-rl']['full_updates_to_threshold']}."
         ),
-        "files": markdown(["file", "lines of code"], *([f"`{f}`", str(n)] for f, n in count.items())),
     }
 
 
-PAGES = (ROOT / "README.md", ROOT / "assets" / "results.md")
+PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
 
 
 def rewritten(texts):
@@ -374,36 +393,49 @@ def rewritten(texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}, and what the first one's policies do by position."""
+    """{experiment: (its Config, its summary)}, what the first one's policies do by position, and one update of them."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
-    results = {name: (train_toy.Config(**run["config"]), run["summary"]) for name, run in runs.items()}
-    return results, runs["confidence"]["positions"]
+    results = {name: (Config(**run["config"]), run["summary"]) for name, run in runs.items()}
+    return results, runs["confidence"]["positions"], runs["confidence"]["update"]
 
 
-def main():
+def main(folders):
     import matplotlib  # noqa: F401  fails before anything is written
 
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    experiments = {train_toy.Config(**flags): name for name, flags in train_toy.EXPERIMENTS.items()}
-    for out in map(Path, sys.argv[1:]):
+    experiments = {Config(**flags): name for name, flags in EXPERIMENTS.items()}
+    for out in map(Path, folders):
         if not (out / "summary.json").exists():
             sys.exit(f"{out} is not the folder of a finished run")
-        record, config = train_toy.read_config(out)
+        record, config = read_config(out)
         if config not in experiments:
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if experiments[config] == "confidence":
             record["positions"] = by_position(config, out) | changes_by_position(config, out)
+            record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
         stored[experiments[config]] = record
-    train_toy.write_text(RESULTS, json.dumps(stored) + "\n")
-    results, positions = load_results()
+    write_text(RESULTS, json.dumps(stored) + "\n")
+    results, positions, update = load_results()
     config, summary = results["confidence"]
-    plot_curves(dataclasses.replace(config, arms=train_toy.CONTROLS), summary, ROOT / "assets" / "curves.png")
-    plot_diversity(results, ROOT / "assets" / "diversity.png")
-    plot_patterns(results, ROOT / "assets" / "patterns.png")
-    for page, text in rewritten(sections(results, positions)).items():
-        train_toy.write_text(page, text)
+    figures.plot_curves(dataclasses.replace(config, arms=CONTROLS), summary, HERE / "curves.png")
+    figures.plot_diversity(results, HERE / "diversity.png")
+    figures.plot_patterns(results, HERE / "patterns.png")
+    figures.plot_kernel(update, HERE / "kernel.png")
+    figures.plot_influence(update, HERE / "influence.png")
+    figures.plot_loop(HERE / "loop.png")
+    for page, text in rewritten(sections(results, positions, update)).items():
+        write_text(page, text)
+
+
+def rounded(values):
+    """Nested lists of numbers with six digits each: what a page or a picture can show."""
+    if isinstance(values, dict):
+        return {name: rounded(each) for name, each in values.items()}
+    if isinstance(values, list):
+        return [rounded(each) for each in values]
+    return float(f"{values:.6g}") if isinstance(values, float) else values
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

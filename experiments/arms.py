@@ -1,0 +1,210 @@
+"""Arms and experiments: rows of data, and the settings they change. A new arm is one more row of ARMS."""
+
+import copy
+import itertools
+import zlib
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from minicfrl import Addition, RLConfig, SFTConfig, supervised_finetune, train_rl
+from model import GPT, check_counts
+
+SAMPLES = 8  # per held-out prompt, in every evaluation
+
+
+# --------------------------------------------------------------------------------- other judges in the verifier's place
+
+
+def kl_divergence(logits, reference):
+    """KL(softmax(logits) || softmax(reference)) in nats: (..., V) twice -> (...)."""
+    logp = logits.log_softmax(dim=-1)
+    return (logp.exp() * (logp - reference.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def coin_flips(batch, generator):
+    """0 or 1, whatever the response: what does RL do without anything to learn?"""
+    return torch.randint(2, batch.rewards.shape, generator=generator).to(batch.rewards.dtype)
+
+
+def self_certainty(batch, generator=None):
+    """KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)."""
+    mask = batch.mask[:, 1:]
+    certainty = kl_divergence(torch.zeros_like(batch.logits), batch.logits)  # (R, L)
+    return (certainty.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).view_as(batch.rewards)
+
+
+def log_probability(batch, generator=None):
+    """log pi(response) in nats. Its policy gradient (no std) is exactly minus that of the responses' entropy:
+    grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation."""
+    return batch.logp.masked_fill(~batch.mask[:, 1:], 0.0).sum(dim=1).view_as(batch.rewards)
+
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+PLAIN = {"classifier_steps": 0}
+
+
+def sgd(config):
+    return {**PLAIN, "optimizer": "sgd", "lr": config.sgd_lr}
+
+
+def judged_by_itself(reward):
+    return lambda config: {**PLAIN, "reward": reward, "lr": config.lr / 8}
+
+
+# What an arm changes in the RLConfig that the flags describe, which is cf-rl's.
+ARMS = {
+    "rl": lambda config: PLAIN,
+    "cf-rl": lambda config: {},
+    "rl-classifier-lr": lambda config: {"stage_1": "all"},  # the matched control
+    "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
+    "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
+    "rl-sgd": sgd,
+    "body-first": lambda config: {"stage_1": "body"},
+    "random-reward": lambda config: {**PLAIN, "reward": coin_flips},
+    "random-reward-sgd": lambda config: {**sgd(config), "reward": coin_flips},
+    "self-certainty": judged_by_itself(self_certainty),
+    "self-certainty-sgd": lambda config: {**sgd(config), "reward": self_certainty},
+    "log-probability": judged_by_itself(log_probability),
+    "kl-0.3": lambda config: {**PLAIN, "kl": 0.3},
+    "kl-1": lambda config: {**PLAIN, "kl": 1.0},
+    "random-w": lambda config: PLAIN,
+    "sft-rl-sgd": lambda config: {**sgd(config), "steps": max(1, config.rl_steps - config.classifier_steps)},
+    "ft": lambda config: PLAIN,
+    "lp-ft": lambda config: {},
+}
+# Arms that first, or only, imitate correct demonstrations of S: for how many updates.
+IMITATED = {
+    "ft": lambda config: config.rl_steps,
+    "lp-ft": lambda config: config.rl_steps,
+    "sft-rl-sgd": lambda config: config.classifier_steps,
+}
+
+CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
+FIVE = dict(seeds=5)
+UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
+# An experiment is other defaults for the flags.
+EXPERIMENTS = {
+    "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
+    "learning": FIVE | UNTAUGHT | dict(arms=CONTROLS, rl_steps=160),
+    "classifier": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,rl-classifier-lr,body-first,random-w"),
+    "lp-ft": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,ft,lp-ft"),
+    "regime-1": FIVE
+    | dict(arms="rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=16),
+    "regime-2": FIVE | dict(arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
+    "rlif": FIVE | dict(arms="self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
+    "kl": FIVE | UNTAUGHT | dict(arms="rl,kl-0.3,kl-1", rl_steps=160, eval_every=8),
+}
+QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: the defaults, the flags with their help, and the record in config.json. ValueError for unusable values."""
+
+    digits: int = option(2, "digits of each operand, 1 to 3")
+    sft_steps: int = option(SFTConfig.steps, "updates of supervised fine-tuning")
+    tilt: str = option("", "shares of D, S and G in 150 more updates of fine-tuning, as 0.8,0.01,0.19, if any")
+    rl_steps: int = option(RLConfig.steps, "updates of every arm, those of stage 1 included")
+    classifier_steps: int = option(20, "updates of stage 1, in which CF-RL trains the classifier alone")
+    prompts: int = option(RLConfig.prompts, "prompts per RL update")
+    samples: int = option(RLConfig.samples, "responses per prompt in RL: the group of the baseline")
+    lr: float = option(RLConfig.lr, "Adam's learning rate in RL")
+    classifier_lr: float = option(RLConfig.classifier_lr, "Adam's learning rate for the classifier in stage 1")
+    sgd_lr: float = option(0.02, "SGD's learning rate in the arms that use it")
+    baseline: str = option(RLConfig.baseline, "group baseline: std, mean, rloo or none")
+    kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
+    seed: int = option(0, "the first seed")
+    seeds: int = option(1, "how many seeds, counted up from --seed")
+    arms: str = option("rl,cf-rl,rl-classifier-lr", f"arms, by commas, of {', '.join(ARMS)}")
+    eval_every: int = option(4, "updates between two evaluations on held-out prompts")
+    eval_prompts: int = option(64, f"held-out prompts of an evaluation, {SAMPLES} samples each")
+    final_prompts: int = option(256, "held-out prompts of the first and of the last evaluation")
+    threshold: float = option(0.9, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
+
+    def __post_init__(self):
+        counts = ("sft_steps", "rl_steps", "prompts", "samples", "seeds", "eval_every", "eval_prompts", "final_prompts")
+        check_counts(**{name: getattr(self, name) for name in counts})
+        if type(self.seed) is not int:
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+        for arm in self.arm_list:
+            if arm not in ARMS or self.arm_list.count(arm) > 1:
+                raise ValueError(
+                    f"arm {arm!r} is " + ("there twice" if arm in ARMS else f"not one of {', '.join(ARMS)}")
+                )
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
+        self.finetuning()  # this checks its arguments, and so do
+        Addition(self.digits)
+        for arm in self.arm_list:
+            self.rl(arm)
+
+    @property
+    def arm_list(self):
+        return self.arms.split(",")
+
+    @property
+    def stage_ends(self):
+        """The updates after which a stage of CF-RL is over; 0 is the start."""
+        return 0, self.classifier_steps, self.rl_steps
+
+    def finetuning(self):
+        """What makes the starting policy: SFTConfigs, one after the other."""
+        stages = {"sft": SFTConfig(steps=self.sft_steps)}
+        if self.tilt:  # all patterns are skills by now: this only makes some rare
+            try:
+                mixture = tuple(map(float, self.tilt.split(",")))
+            except ValueError:
+                raise ValueError(f"tilt must be shares such as 0.8,0.01,0.19, not {self.tilt!r}") from None
+            stages["tilt"] = SFTConfig(steps=150, lr=1e-3, mixture=mixture)
+        return stages
+
+    def rl(self, arm) -> RLConfig:
+        """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
+        flags = {f.name: getattr(self, f.name) for f in fields(RLConfig) if hasattr(self, f.name)}
+        return replace(RLConfig(steps=self.rl_steps, **flags), **ARMS[arm](self))
+
+    def jobs(self, *arms):
+        return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
+
+
+def generator(seed, purpose):
+    """A stream of random numbers of its own for each seed and purpose."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def after_stage_1(config, seed, task, start: GPT) -> GPT:
+    """What cf-rl's stage 1 makes of a starting policy, which stays as it is."""
+    model = copy.deepcopy(start)
+    updates = train_rl(model, task, config.rl("cf-rl"), generator(seed, "rl"))
+    list(itertools.islice(updates, config.classifier_steps))
+    return model
+
+
+def train_as(arm, config, seed, task, model):
+    """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
+    draws, rl = generator(seed, "rl"), config.rl(arm)
+    imitated = IMITATED.get(arm, lambda config: 0)(config)
+    if imitated:
+        sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
+        yield from supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws)
+    if imitated == config.rl_steps:
+        return
+    if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
+        direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
+        with torch.no_grad():
+            moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight
+            model.classifier.weight += direction * moved.norm() / direction.norm()
+    for record in train_rl(model, task, rl, draws):
+        yield {**record, "step": imitated + record["step"]}

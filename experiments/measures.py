@@ -1,0 +1,284 @@
+"""What a run measures, and when: every column of metrics.csv that is not about the update itself.
+
+A new column is one more function of a Scene and one row of MEASURES, with the columns' meaning in results.md.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.arms import SAMPLES, Config, generator, kl_divergence
+from minicfrl import Rollout, group_advantages, rollout
+from model import GPT, confidence, entropy, residuals
+from ntk import empirical_ntk
+
+# ---------------------------------------------------------------------------------------------------- what is looked at
+
+
+@dataclass(frozen=True)
+class Probe:
+    """States that are followed through training: those of responses of one fixed policy, the start."""
+
+    tokens: Tensor  # (B, T)
+    advantages: Tensor  # (B,), of the responses, compared with each other
+    state_mask: Tensor  # (B, T) bool, N states
+    start: GPT  # a copy of the policy that wrote them
+
+    @property
+    def some_states(self):
+        """(B, T) bool: about 32 of the states, evenly spread."""
+        states = self.state_mask.nonzero()
+        chosen = torch.zeros_like(self.state_mask)
+        chosen[tuple(states[:: max(1, len(states) // 32)][:32].T)] = True
+        return chosen
+
+    @functools.cached_property
+    def starting_G(self):
+        return empirical_ntk(self.start, self.tokens, self.some_states).gradient
+
+
+@torch.no_grad()
+def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
+    """The states of one sampled response to each operand pair of `pairs` (B, 2)."""
+    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], 1, generator)
+    advantages = group_advantages(batch.rewards.T, "mean")[0]  # (B,)
+    return Probe(batch.tokens, advantages, batch.state_mask, copy.deepcopy(model))
+
+
+def start_probe(config, task, model, seed):
+    """The probe of a run: up to 32 responses of the starting policy."""
+    return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], generator(seed, "probe"))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A policy after some update of a run. Every look at it draws the same random numbers: only the policy differs."""
+
+    config: Config
+    seed: int
+    step: int
+    task: object
+    model: GPT
+    probe: Probe
+
+    @property
+    def some_pairs(self):
+        return self.task.heldout_pairs[: self.config.eval_prompts]
+
+    @property
+    def all_pairs(self):
+        return self.task.heldout_pairs[: self.config.final_prompts]
+
+    @property
+    def at_an_end(self):
+        return self.step in (0, self.config.rl_steps)
+
+    def draws(self, purpose):
+        return generator(self.seed, purpose)
+
+
+# ------------------------------------------------------------------------------------------------ accuracy, confidence
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate, from n samples of which `correct` are right, of the chance that k samples hold a right one.
+
+    1 - C(n - correct, k) / C(n, k)  (Chen et al., arXiv 2107.03374). ValueError for impossible counts.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {correct} right among {n} samples makes no sense")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+@torch.no_grad()
+def departure(batch: Rollout, start: GPT) -> tuple[Tensor, Tensor]:
+    """How the policy that sampled `batch` differs from `start` at its N states: KL(policy || start) in nats, and 1.0
+    where the likeliest token is another one, (N,) twice."""
+    reference = start(batch.tokens)[batch.state_mask]  # (N, V)
+    changed = batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)
+    return kl_divergence(batch.state_logits, reference), changed.float()
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8, k: int = 8
+) -> dict[str, float]:
+    """Measure the policy on the prompts of `pairs` (B, 2), with `samples` samples each, and on the probe's states.
+
+    Confidence appears twice, since RL moves the states as well as what is predicted there: entropy and confidence on
+    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every key is explained in
+    results.md.
+    """
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+    batch = rollout(model, task, prompts, samples, generator)
+    correct = batch.rewards.sum(dim=1).int().tolist()
+    answers = [task.answer(response) for response in batch.responses]
+    first = (batch.state_mask.cumsum(dim=1) == 1)[batch.state_mask]  # (N,), the states that choose the pattern
+    kl, changed = departure(batch, probe.start)  # (N,) twice
+    start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
+    probe_logits = model.classifier(features)
+    row = {
+        "accuracy": batch.rewards.mean().item(),
+        "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
+        f"pass_at_{k}": sum(pass_at_k(samples, c, k) for c in correct) / len(prompts),
+        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(prompts),
+        "entropy": entropy(batch.state_logits).mean().item(),
+        "confidence": confidence(batch.state_logits).mean().item(),
+        "probe_entropy": entropy(probe_logits).mean().item(),
+        "probe_confidence": confidence(probe_logits).mean().item(),
+        "kl": kl.sum().item() / len(answers),
+        "kl_first": kl[first].mean().item(),
+        "changed_first": changed[first].mean().item(),
+        "changed_later": changed[~first].mean().item(),
+        "classifier_norm": model.classifier.weight.norm().item(),
+        "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
+    }
+    shares, success = (values.mean(dim=0).tolist() for values in pattern_rates(model, task, pairs, generator))
+    for pattern, share, right in zip(task.patterns, shares, success, strict=True):
+        row |= {f"share_{pattern}": share, f"success_{pattern}": right}
+    return row
+
+
+# ------------------------------------------------------------------------------------------ diversity, and the patterns
+
+
+@torch.no_grad()
+def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> dict[str, float]:
+    """What more samples buy, on the prompts of `pairs` (B, 2): pass@k for k = 1, 2, 4, ... `samples` under the keys
+    best_of_K, and the number of different answers among all samples of a prompt, different_answers."""
+    ks = [2**i for i in range(samples.bit_length())]
+    passed, different = dict.fromkeys(ks, 0.0), 0
+    for a, b in pairs.tolist():
+        batch = rollout(model, task, [task.prompt(a, b)], samples, generator)
+        correct = int(batch.rewards.sum())
+        passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
+        different += len({task.answer(response) for response in batch.responses})
+    return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
+
+
+@torch.no_grad()
+def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
+    """Shares and success rates of the K reasoning patterns at each prompt of `pairs` (B, 2): (B, K) twice.
+
+    A share is the probability of the pattern's token as the first of the response; success is whether one response
+    that is forced to begin with it is right, an unbiased estimate of the chance.
+    """
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+    first = model(torch.tensor([task.encode(prompt) for prompt in prompts]))[:, -1].softmax(dim=-1)  # (B, V)
+    success = [rollout(model, task, prompts, 1, generator, pattern).rewards for pattern in task.patterns]
+    return first[:, task.encode(task.patterns)], torch.cat(success, dim=1)
+
+
+def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """What the change of accuracy is due to, between two results of `pattern_rates`: to the patterns' shares pi, or to
+    their success rates p. With accuracy = sum_r pi_r p_r and bar for the mean of before and after,
+
+        change of accuracy = sum_r (change of pi_r) bar p_r  +  sum_r bar pi_r (change of p_r)          (E11)
+
+    exactly, prompt by prompt; the result is averaged over prompts. Our derivation, of what Chen et al. (arXiv
+    2506.04695) say: that RL selects patterns, whose own success rates stay what they were.
+    """
+    (shares, success), (new_shares, new_success) = before, after
+    by_shares = (new_shares - shares) * (success + new_success) / 2  # (B, K)  (E11)
+    by_success = (shares + new_shares) / 2 * (new_success - success)  # (B, K)
+    return {"gain_by_shares": by_shares.sum(1).mean().item(), "gain_by_success": by_success.sum(1).mean().item()}
+
+
+# -------------------------------------------------------------------------------------------------- kernel and features
+
+
+@torch.no_grad()
+def kernel_row(model, probe):
+    """The kernel (E7) on 32 states of the probe, what W has done to it since the start, and how alike features are."""
+    chosen, bodies = probe.some_states, (probe.start.body, model.body)
+    now = by_W = empirical_ntk(model, probe.tokens, chosen)
+    if any(not torch.equal(p, q) for p, q in zip(*(body.parameters() for body in bodies), strict=True)):
+        moved_W = copy.deepcopy(probe.start)
+        moved_W.classifier = model.classifier
+        by_W = empirical_ntk(moved_W, probe.tokens, chosen)
+    R = now.representation.norm() * math.sqrt(now.gradient.size(1))  # times the norm of I_V
+    row = [R, now.gradient.norm(), by_W.gradient.norm() / probe.starting_G.norm()]
+    row.append(F.cosine_similarity(by_W.gradient.flatten(), probe.starting_G.flatten(), dim=0))
+    features = model.features(probe.tokens)  # (B, T, d)
+    i, t = chosen.nonzero(as_tuple=True)
+    g = residuals(model.classifier(features)[chosen], probe.tokens[i, t + 1])
+    g *= probe.advantages[i, None]  # (N, V), those of the probe's own responses
+    pushed = torch.einsum("nv,nvmw,mw->", g, now.gradient, g)
+    row.append(pushed / (g.square().sum() * now.gradient.norm()).clamp(min=1e-30))
+    first = probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)  # in each row the end of the prompt
+    for kind in (first, probe.state_mask & ~first):
+        raw, centred = cosines(features[kind]), cosines(features[kind] - features[kind].mean(dim=0))
+        row += [raw.mean(), (raw > 0).float().mean(), centred.square().mean().sqrt()]
+    return dict(zip(KERNEL, torch.stack(row).tolist(), strict=True))
+
+
+def cosines(features):
+    """Those of all pairs of different rows of (N, d)."""
+    unit = F.normalize(features, dim=1)
+    return (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+
+
+# ---------------------------------------------------------------------------------------------- columns and their times
+
+
+def at_every_look(scene):
+    return True
+
+
+def at_the_ends(scene):
+    return scene.at_an_end
+
+
+def at_stage_ends(scene):
+    return scene.step in scene.config.stage_ends
+
+
+def held_out(scene):
+    pairs = scene.all_pairs if scene.at_an_end else scene.some_pairs
+    return evaluate(scene.model, scene.task, pairs, scene.probe, scene.draws("evaluation"), SAMPLES)
+
+
+def many_samples(scene):
+    return diversity(scene.model, scene.task, scene.some_pairs, scene.draws("diversity"))
+
+
+def gains(scene):
+    policies = scene.probe.start, scene.model
+    return selection(*(pattern_rates(m, scene.task, scene.all_pairs, scene.draws("selection")) for m in policies))
+
+
+def kernel(scene):
+    return kernel_row(scene.model, scene.probe)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Columns that a function of a Scene fills when it is time, and that are nan otherwise."""
+
+    fill: Callable
+    when: Callable
+    columns: tuple = ()  # their names, needed only where `when` can say no
+
+
+KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
+KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
+MEASURES = [
+    Measure(held_out, at_every_look),
+    Measure(many_samples, at_the_ends, (*(f"best_of_{2**i}" for i in range(7)), "different_answers")),
+    Measure(gains, at_the_ends, ("gain_by_shares", "gain_by_success")),
+    Measure(kernel, at_stage_ends, KERNEL),
+]
+
+
+def measure(scene):
+    """{column: value}, in the order of MEASURES."""
+    row = {}
+    for each in MEASURES:
+        row |= each.fill(scene) if each.when(scene) else dict.fromkeys(each.columns, math.nan)
+    return row

@@ -1,0 +1,304 @@
+"""What long runs need: a folder whose files are whole, jobs in several processes, and going on where a run was cut.
+
+Every arm of every seed is a job. It appends its rows to a file of its own and saves its policy when it is done: so what
+is missing is easy to tell, and the same command does it.
+"""
+
+import contextlib
+import copy
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from experiments.arms import Config
+from experiments.measures import Scene, measure, start_probe
+from minicfrl import Addition, naming_the_step
+from model import GPT, GPTConfig
+from ntk import microscope
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+class Damaged(ValueError):
+    """A file of the run does not hold what the run wrote."""
+
+
+def write_whole(path, content: bytes):
+    """Write beside it, then move that into place: whoever reads `path` sees all of it or what was there before."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
+
+
+def write_text(path, text):
+    write_whole(path, text.encode())
+
+
+def policy_file(out, arm, seed):
+    return out / f"{arm}-seed{seed}.pt"
+
+
+def rows_file(out, arm, seed):
+    return out / "parts" / f"{arm}-seed{seed}.csv"
+
+
+def append_row(path, row):
+    """One more csv row, under a header if it is the first. The file is closed after each, so Ctrl-C costs no row."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def read_rows(path):
+    """The rows of a csv file as dicts of floats, the arm's name aside. Damaged if one is not whole."""
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            return [
+                {k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)
+            ]
+        except (ValueError, TypeError, csv.Error):
+            raise Damaged(f"{path} is damaged: delete it, and the same command makes it again") from None
+
+
+def merge_rows(out):
+    """metrics.csv: the rows that the jobs wrote, each into a file of its own, in sorted order."""
+    parts = [part.read_text(encoding="utf-8").partition("\n") for part in sorted((out / "parts").glob("*.csv"))]
+    headers = {header for header, _, _ in parts if header}
+    if len(headers) > 1:
+        raise Damaged(f"{out / 'parts'} holds rows of different columns, of another version: choose another --out")
+    if headers:
+        write_text(out / "metrics.csv", headers.pop() + "\n" + "".join(rows for _, _, rows in parts))
+
+
+def read_config(out):
+    """The record in DIR/config.json. ValueError if that is something else."""
+    try:
+        record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        return record, Config(**record["config"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
+
+
+def open_out(out, config):
+    """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
+    versions["python"] = sys.version.split()[0]
+    finetuning = {name: asdict(stage) for name, stage in config.finetuning().items()}
+    record = {"config": asdict(config), **finetuning, "versions": versions}
+    record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        write_text(out / "config.json", json.dumps(record, indent=2) + "\n")
+    elif not (out / "config.json").exists():
+        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
+    old, _ = read_config(out)
+    for part in record:
+        for name, value in record[part].items():
+            if (was := (old.get(part) or {}).get(name)) != value:
+                raise ValueError(f"{out} holds a run with {name} {was!r}, not {value!r}: choose another --out")
+    (out / "parts").mkdir(exist_ok=True)
+
+
+@contextlib.contextmanager
+def owned(out):
+    """Within, the folder belongs to this process. ValueError, naming the owner, if it belongs to another.
+
+    Two runs would write the same files. The lock is the system's, so it dies with its owner, however that dies.
+    """
+    with open(out / "lock", "a+", encoding="utf-8") as file:
+        try:
+            if os.name == "nt":
+                file.seek(2**30)  # a byte that nobody writes: on Windows a locked one cannot be read
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{out} is in use by {owner}: wait for it, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def load_policy(config, out, arm, seed):
+    """The task and a saved policy. Damaged if the file is damaged or holds something else."""
+    task, file = Addition(config.digits), policy_file(out, arm, seed)
+    model = GPT(GPTConfig(task.vocab_size, task.block_size))
+    try:
+        model.load_state_dict(torch.load(file, weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError):
+        raise Damaged(f"{file} is no policy of this run: delete it, and the same command makes it again") from None
+    return task, model
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+class Watch:
+    """Looks at a policy as it trains: at every update through the microscope, every few with all of measures.py, which
+    becomes a row of metrics. `look` returns the held-out accuracy as it was last measured."""
+
+    def __init__(self, config, out, seed, arm, task, model, seconds=0.0):
+        self.config, self.out, self.seed, self.arm, self.task, self.model = config, out, seed, arm, task, model
+        self.probe, self.before = start_probe(config, task, model, seed), copy.deepcopy(model)
+        self.so_far, self.accuracy = SO_FAR, math.nan
+        self.train_seconds, self.eval_seconds, self.clock = seconds, 0.0, time.perf_counter()
+
+    def look(self, record):
+        self.train_seconds += time.perf_counter() - self.clock
+        step = record["step"]
+        seen = {"tokens": 0} | record | microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
+        self.so_far = {name: value + seen[name] for name, value in self.so_far.items()}
+        self.before.load_state_dict(self.model.state_dict())
+        if step % self.config.eval_every == 0 or step in self.config.stage_ends:
+            with naming_the_step(step):
+                self.write_row(seen | self.so_far)
+        self.clock = time.perf_counter()
+        return self.accuracy
+
+    def write_row(self, record):
+        """Measure the policy and append a row: about the update, what all updates did so far, what is measured now."""
+        clock = time.perf_counter()
+        update = {name: record.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}
+        update = {"batch_entropy" if name == "entropy" else name: value for name, value in update.items()}
+        measures = measure(Scene(self.config, self.seed, update["step"], self.task, self.model, self.probe))
+        self.accuracy, self.eval_seconds = measures["accuracy"], self.eval_seconds + time.perf_counter() - clock
+        seconds = {"train_seconds": self.train_seconds, "eval_seconds": self.eval_seconds}
+        row = {"arm": self.arm, "seed": self.seed, **update, **measures, **seconds}
+        append_row(rows_file(self.out, self.arm, self.seed), row)
+
+
+# A row's columns about its update, where there was none; and those that add up over the updates, before the first.
+NO_UPDATE = dict(step=0, stage=0, tokens=0) | dict.fromkeys(("reward", "entropy", "flat", "gradient_norm"), math.nan)
+NO_UPDATE |= dict.fromkeys(("agreement_prompt", "agreement_continuation"), math.nan)
+SO_FAR = {"tokens": 0} | {
+    f"{measure}_{part}": 0.0
+    for measure in ("entropy", "confidence")
+    for part in ("change", "by_W", "by_body", "residual")
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+
+
+SLOT = 0  # this process's line of the screen
+
+
+def start_worker(lock, slots):
+    """Set up a worker process: its own progress line, one thread (small matrices), Ctrl-C left to the parent."""
+    global SLOT
+    SLOT = slots.get()
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A parent that is killed cannot end its workers, and they would go on writing."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def job_runner(workers):
+    """A function that does a list of jobs, each the arguments of `job`, and returns their complaints.
+
+    One worker is this process; more are as many new ones, which import torch while the first jobs are under way.
+    """
+    if workers == 1:
+        yield lambda jobs: [complaint for arguments in jobs if (complaint := job(*arguments))]
+        return
+    context = multiprocessing.get_context("spawn")  # the one way that every system has
+    lock, slots = context.RLock(), context.SimpleQueue()
+    for slot in range(workers):
+        slots.put(slot)
+    with ProcessPoolExecutor(workers, context, start_worker, (lock, slots)) as pool:
+        pool.submit(os.getpid)  # starts them all
+
+        def run_jobs(jobs):
+            if len(jobs) == 1:  # here, while the workers are still importing
+                return [complaint for arguments in jobs if (complaint := job(*arguments))]
+            futures = [pool.submit(job, *arguments) for arguments in jobs]
+            while wait(futures, timeout=0.2).not_done:
+                pass  # in short waits: on Windows a Ctrl-C gets in only between two
+            return [complaint for future in futures if (complaint := future.result())]
+
+        try:
+            yield run_jobs
+        except BaseException:  # Ctrl-C above all: do not wait for what the workers are at
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def job(train, config, out, seed, arm):
+    """train(...) -> policy, with a progress line; the policy is saved. Returns why it stopped early, if it did."""
+    rows_file(out, arm, seed).unlink(missing_ok=True)  # of a run that was cut short
+    torch.optim.Adam([torch.zeros(1)])  # its first use imports for seconds: before the clock of any arm, not on it
+    try:
+        form = "{desc:18} {percentage:3.0f}% |{bar:8}| {remaining} left{postfix}"  # fits 80 columns
+        with tqdm(desc=f"{arm}/{seed}", position=SLOT, leave=False, disable=None, bar_format=form) as bar:
+            model = train(config, out, seed, arm, bar)
+    except FloatingPointError as error:
+        return f"{arm}, seed {seed}, stopped at {error}"
+    except Damaged as error:
+        return str(error)
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    write_whole(policy_file(out, arm, seed), weights.getvalue())
+
+
+def run(config, out, workers, train):
+    """Train what is missing; returns the complaints of the jobs that stopped."""
+
+    def missing(*arms):
+        files = {job: (policy_file(out, job[1], job[0]), rows_file(out, job[1], job[0])) for job in config.jobs(*arms)}
+        return [(train, config, out, *job) for job in files if not all(file.exists() for file in files[job])]
+
+    complaints, clock = [], time.perf_counter()
+    try:
+        with job_runner(workers) as run_jobs:
+            if missing("sft"):
+                print(f"sft, the starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
+                complaints = run_jobs(missing("sft"))
+                print(f"  {time.perf_counter() - clock:.0f} s")
+            clock = time.perf_counter()
+            if missing(*config.arm_list) and not complaints:
+                size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
+                print(f"RL from there: {config.arms}; {size}", flush=True)
+                complaints = run_jobs(missing(*config.arm_list))
+                print(f"  {time.perf_counter() - clock:.0f} s")
+    except BrokenProcessPool:
+        complaints.append("a worker process died, of too little memory perhaps: start again to continue")
+    finally:
+        merge_rows(out)
+    return complaints

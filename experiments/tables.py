@@ -1,0 +1,210 @@
+"""From the rows of a run to its summary, and from that to tables, curves and a sentence.
+
+A summary is {arm: {measure: [a value per seed]}}. A table is a list of rows of texts, the heading first.
+"""
+
+import math
+import statistics
+import textwrap
+
+from experiments.measures import KERNEL
+from experiments.runs import policy_file, read_rows, rows_file
+from minicfrl import Addition
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
+
+
+def summarise(config, out):
+    """{arm: {measure: [the last row's value, per seed], "curves": {measure: [[a value per row], per seed]}}}.
+
+    "stages" is like "curves" for what is measured at the stages' ends only. updates_to_threshold is null where the
+    accuracy did not get there. What stopped early is left out of the rest.
+    """
+    summary = {}
+    for arm in ("sft", *config.arm_list):
+        seeds = [seed for seed, _ in config.jobs(arm) if policy_file(out, arm, seed).exists()]
+        runs = [
+            [row for name in dict.fromkeys(("sft", arm)) for row in read_rows(rows_file(out, name, seed))]
+            for seed in seeds
+        ]
+        if runs:
+            reached = [[int(row["step"]) for row in rows if row["accuracy"] >= config.threshold] for rows in runs]
+            names = [name for name, value in runs[0][-1].items() if name != "arm" and not math.isnan(value)]
+            summary[arm] = {name: [rows[-1][name] for rows in runs] for name in names}
+            reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
+            if arm != "sft":
+                summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
+                free = config.rl(arm).classifier_steps
+                summary[arm]["full_updates_to_threshold"] = [
+                    n if n is None else max(0, n - free) for n in summary[arm]["updates_to_threshold"]
+                ]
+            summary[arm]["accuracy_over_the_run"] = [
+                statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
+            ]
+            summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in CURVES}
+            names = ("step", "classifier_norm", "feature_change", *KERNEL)
+            ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
+            summary[arm]["stages"] = {name: [[row[name] for row in rows] for rows in ends] for name in names}
+    return summary
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+# Columns: heading, measure, format.
+COLUMNS = (
+    ("accuracy", "accuracy", ".2f"),
+    ("greedy", "greedy", ".2f"),
+    ("pass@8", "pass_at_8", ".2f"),
+    ("entropy", "entropy", ".3f"),
+    ("top-1", "confidence", ".3f"),
+    ("D/S/G", "shares", ".2f"),
+    ("updates", "updates_to_threshold", ".0f"),
+    ("sec", "train_seconds", ".0f"),
+)
+PRINTED = (("accuracy", "accuracy", ".2f"), ("top-1", "confidence", ".2f"), *COLUMNS[5:7])
+MICROSCOPE = (
+    ("top-1 rises by", "confidence_change", ".3f"),
+    ("through W", "confidence_by_W", ".3f"),
+    ("through the body", "confidence_by_body", ".3f"),
+    ("beyond first order", "confidence_residual", ".3f"),
+)
+SELECTION = (
+    ("by shares", "gain_by_shares", "+.2f"),
+    ("by success", "gain_by_success", "+.2f"),
+    ("KL", "kl", ".2f"),
+    ("KL, 1st token", "kl_first", ".2f"),
+    ("1st changed", "changed_first", ".0%"),
+    ("later changed", "changed_later", ".1%"),
+)
+DIVERSITY = tuple((f"pass@{2**i}", f"best_of_{2**i}", ".2f") for i in range(7)) + (
+    ("answers in 64", "different_answers", ".1f"),
+)
+PAIRED = (
+    ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
+    ("accuracy", "accuracy", "+.3f"),
+    ("entropy", "entropy", "+.3f"),
+    ("top-1, fixed states", "probe_confidence", "+.3f"),
+    ("pass@64", "best_of_64", "+.3f"),
+    ("answers in 64", "different_answers", "+.1f"),
+)
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, 1 degree of freedom and more
+
+
+def over_seeds(values, form):
+    """The mean, with its 95% interval if there are several values; in how many never, if None is among them."""
+    if None in values:
+        return "never" if len(values) == 1 else f"never in {values.count(None)} of {len(values)}"
+    n, text = len(values), f"{statistics.fmean(values):{form}}"
+    if n == 1:
+        return text
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)
+    return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
+
+
+def cell(arm, name, form):
+    """A measure of an arm over its seeds; empty if it has none."""
+    if name == "shares":  # three means in one cell
+        return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
+    return over_seeds(arm[name], form) if arm.get(name) else ""
+
+
+def table(summary, columns=COLUMNS):
+    """The rows of a table of results as lists of text, the heading first."""
+    rows = [["arm"] + [heading for heading, _, _ in columns]]
+    for name, arm in summary.items():
+        rows.append([name] + [cell(arm, *column[1:]) for column in columns])
+    return rows
+
+
+def without_start(summary):
+    return {name: arm for name, arm in summary.items() if name != "sft"}
+
+
+def paired_table(summary, base="rl"):
+    """Each arm minus `base`, an arm or sft, seed by seed: so what a seed's start contributes to both cancels."""
+    base, rows = summary[base], {}
+    for name, arm in summary.items():
+        if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
+            rows[name] = {m: [x - y for x, y in zip(arm[m], base[m], strict=True)] for _, m, _ in PAIRED}
+    return table(rows, PAIRED)
+
+
+def sparkline(curves, top):
+    """The mean over seeds of several curves, from 0 to `top`, as one line of at most POINTS blocks."""
+    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    shown = means[:: -(-len(means) // POINTS)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in shown)
+
+
+def verdict(config, summary):
+    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds.
+
+    Differences below the distance of two evaluations are ties.
+    """
+    arms = ("rl", "cf-rl", "rl-classifier-lr")
+    if not all(arm in summary for arm in arms):
+        return f"No verdict without all of {', '.join(arms)}."
+    updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
+    rl, cf_rl, control = (statistics.median(values) for values in updates)
+    if min(rl, cf_rl) == math.inf:
+        return f"No verdict: neither rl nor cf-rl reached held-out accuracy {config.threshold:g}."
+    took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
+    if abs(rl - cf_rl) <= config.eval_every:
+        faster, cause = "about as fast", "so there is no speed-up to explain"
+    elif cf_rl > rl:
+        faster, cause = "slower", "so there is no speed-up to explain"
+    elif control <= cf_rl + config.eval_every:
+        faster, cause = "faster", "so a classifier that learns faster is enough, and nothing need be frozen"
+    else:
+        faster, cause = "faster", "so training the classifier first helped, beyond its learning rate"
+    seeds = f"medians of {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    return (
+        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]} "
+        f"({seeds}): cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what a run prints
+
+WIDTH, POINTS = 80, 24  # of a line, in columns, and of a curve
+
+
+def lines_of(rows):
+    """A table as lines of text, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def curves_of(trained):
+    """Accuracy and entropy along the run, a line of blocks each, for every arm."""
+    top = max(max(curve) for values in trained.values() for curve in values["curves"]["entropy"])
+    width = max(map(len, trained))
+    for name, arm in trained.items():
+        accuracy, entropy = (sparkline(arm["curves"][of], top) for of, top in (("accuracy", 1), ("entropy", top)))
+        yield f"  {name:{width}}  {accuracy}  {entropy}"
+
+
+def print_tables(config, summary):
+    """What a stranger wants to see of a run; the rest is in summary.json."""
+
+    def heading(text):
+        print("\n" + textwrap.fill(text, WIDTH))
+
+    heading(
+        f"On held-out sums, before RL (sft) and after {config.rl_steps} updates of it: how many sampled answers are "
+        "right, the probability of the likeliest token (top-1), the shares of the three ways to answer (direct, "
+        f"scratch, guess), and the updates until accuracy {config.threshold:g}:"
+    )
+    print(*lines_of(table(summary, PRINTED)), sep="\n")
+    trained = without_start(summary)
+    if not trained:
+        return
+    heading("Along the run: accuracy (0 to 1), and entropy per token (falls as the policy grows sure):")
+    print(*curves_of(trained), sep="\n")
+    heading(
+        "Where the confidence came from: the rise of top-1 on fixed states, and how much of it the changes of the "
+        "classifier W and of the body explain to first order:"
+    )
+    print(*lines_of(table(trained, MICROSCOPE)), sep="\n")

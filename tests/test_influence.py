@@ -1,0 +1,95 @@
+"""Who teaches whom (E10): against the kernel itself, against a real step, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import generator, random_batch, seeds, tiny_gpt
+
+from minicfrl import policy_gradient_loss, sequence_logp
+from model import residuals
+from ntk import empirical_ntk, influence
+
+
+def batch_of_states(seed, **sizes):
+    """A policy, tokens, the states that chose the response tokens, and the rows' advantages."""
+    model, tokens, mask, advantages = random_batch(seed, **sizes)
+    return model, tokens, mask, torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), dim=1), advantages
+
+
+@given(seed=seeds, chunk=st.integers(1, 9))
+def test_influence_is_the_kernel_between_residuals(seed, chunk):
+    """Entry by entry A_i g_j^T K(x_j, x_i) g_i, with K from empirical_ntk, which never forms a token's gradient. Both
+    are exact: 1e-10 leaves room for sums over some thousand parameters."""
+    model, tokens, _, states, advantages = batch_of_states(seed)
+    kernel = empirical_ntk(model, tokens, states)
+    row, t = states.nonzero(as_tuple=True)
+    g = residuals(model(tokens)[states].detach(), tokens[row, t + 1])
+    R, G = influence(model, tokens, states, advantages, chunk)
+    expected = torch.einsum("jv,jviw,iw,i->ij", g, kernel.gradient, g, advantages[row])
+    torch.testing.assert_close(G, expected, rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("jv,ji,iv,i->ij", g, kernel.representation, g, advantages[row])
+    torch.testing.assert_close(R, expected, rtol=1e-10, atol=1e-10)
+
+
+def measured(model, tokens, mask, advantages, lr):
+    """The change of every sampled token's log-probability in one SGD step of size lr on (E3) times its token count."""
+    after = copy.deepcopy(model)
+    loss = policy_gradient_loss(sequence_logp(after, tokens), advantages, mask[:, 1:]) * mask.sum()
+    loss.backward()
+    torch.optim.SGD(after.parameters(), lr).step()
+    with torch.no_grad():
+        return (sequence_logp(after, tokens) - sequence_logp(model, tokens))[mask[:, 1:]]
+
+
+@given(seed=seeds)
+def test_its_column_sums_are_what_one_sgd_step_does_up_to_second_order(seed):
+    """Half the step, a quarter of the error: 4 but for the third order, which at steps this small is under a tenth.
+    The step is backward()'s, so a parameter that the derivatives left out would show."""
+    model, tokens, mask, states, advantages = batch_of_states(seed)
+    R, G = influence(model, tokens, states, advantages)
+    predicted = (R + G).sum(dim=0)
+    errors = [(measured(model, tokens, mask, advantages, lr) - lr * predicted).norm() for lr in (2e-5, 1e-5)]
+    assert 3.6 < errors[0] / errors[1] < 4.4
+    assert errors[1] < 0.05 * 1e-5 * predicted.norm()  # and the first order is right, not only its trend
+
+
+@given(seed=seeds)
+def test_a_token_teaches_itself_what_its_advantage_says(seed):
+    """K(x, x) is positive semidefinite, so g^T K g >= 0: each part of (i, i) has the sign of A_i. Rows without an
+    advantage teach nothing."""
+    model, tokens, _, states, advantages = batch_of_states(seed)
+    advantages[0] = 0.0
+    row = states.nonzero(as_tuple=True)[0]
+    for part in influence(model, tokens, states, advantages):
+        assert (part.diagonal() * advantages[row] >= 0).all()
+        assert not part[row == 0].any()
+
+
+@given(seed=seeds)
+def test_influence_does_not_depend_on_what_is_frozen_or_on_the_vocabulary_s_gauge(seed):
+    """The body's requires_grad does not matter, and W + 1 v^T is the same policy: 1^T g = 0."""
+    model, tokens, _, states, advantages = batch_of_states(seed)
+    parts = influence(model, tokens, states, advantages)
+    with torch.no_grad():
+        model.classifier.weight += torch.randn(model.classifier.weight.size(1), generator=generator(seed))
+    model.body.requires_grad_(False)
+    for part, again in zip(parts, influence(model, tokens, states, advantages), strict=True):
+        torch.testing.assert_close(again, part, rtol=1e-9, atol=1e-9)
+
+
+def test_what_influence_cannot_do_is_refused():
+    model, tokens = tiny_gpt(0), torch.zeros(2, 4, dtype=torch.long)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask selects no state"):
+        influence(model, tokens, mask, torch.ones(2))
+    mask[0, 1] = True
+    with pytest.raises(ValueError, match=r"advantages \(3,\) do not fit tokens \(2, 4\)"):
+        influence(model, tokens, mask, torch.ones(3))
+    with pytest.raises(ValueError, match="chunk must be a whole number of at least 1, not 0"):
+        influence(model, tokens, mask, torch.ones(2), chunk=0)
+    mask[1, 3] = True
+    with pytest.raises(ValueError, match="mask selects the last position, which no token follows"):
+        influence(model, tokens, mask, torch.ones(2))

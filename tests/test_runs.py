@@ -1,0 +1,130 @@
+"""Long runs: what they leave behind, that they repeat to the byte, and go on where they were cut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import DEFAULT_ARMS, ROOT, TINY, environment, refused, rows_of, rows_without_seconds, run
+
+import train_toy
+from experiments import runs
+from experiments.arms import Config
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    policies = {f"{arm}-seed0.pt" for arm in ["sft", *DEFAULT_ARMS]}
+    assert {path.name for path in finished.iterdir()} == policies | {
+        "config.json",
+        "metrics.csv",
+        "lock",
+        "summary.json",
+        "parts",
+    }
+    rows = rows_without_seconds(finished / "metrics.csv")
+    arms = [(arm, step) for arm in ("cf-rl", "rl-classifier-lr", "rl") for step in ("2", "4")]  # by file name
+    assert [(row["arm"], row["step"]) for row in rows] == [*arms, ("sft", "0")]
+    tokens = [int(row["tokens"]) for row in rows[:2]]
+    assert tokens[0] < tokens[1] and tokens[1] > 8 * 4 * 7  # so far: more than one update of 32 responses can hold
+    assert all(float(row["reward"]) > 0 for row in rows[:-1])  # so there is something to learn, and to repeat
+    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary) == ["sft", *DEFAULT_ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
+
+
+def test_two_runs_with_one_seed_write_identical_metrics(finished, tmp_path):
+    """And the rows of an arm do not depend on which other arms there are."""
+    run(tmp_path / "again", "--arms", "cf-rl")
+    first, again = (
+        [row for row in rows_of(out) if row["arm"] in ("sft", "cf-rl")] for out in (finished, tmp_path / "again")
+    )
+    assert first == again
+
+
+def test_a_run_is_continued_with_what_is_missing_and_ends_the_same(finished, tmp_path):
+    """As if it had been cut short: one policy gone, its rows half written."""
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    (cut / "cf-rl-seed0.pt").unlink()
+    rows = cut / "parts" / "cf-rl-seed0.csv"
+    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    untouched = (cut / "rl-seed0.pt").stat().st_mtime_ns
+    assert run(cut) == 0
+    assert (cut / "rl-seed0.pt").stat().st_mtime_ns == untouched
+    (cut / "metrics.csv").unlink()
+    assert run(cut) == 0  # nothing is missing but this file
+    assert rows_without_seconds(cut / "metrics.csv") == rows_without_seconds(finished / "metrics.csv")
+
+
+def test_results_are_never_overwritten(capsys, finished, tmp_path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    message = refused(capsys, *TINY, "--seed", "1", "--out", str(finished))
+    assert "holds a run with seed 0, not 1: choose another --out" in message
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    assert "is not empty and holds no run" in refused(capsys, "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    (tmp_path / "odd").mkdir()
+    for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": "rl", "seed": "x"}}'):
+        (tmp_path / "odd" / "config.json").write_text(damaged, encoding="utf-8")
+        assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert str(tmp_path / "file") in refused(capsys, "--out", str(tmp_path / "file" / "results"))
+
+
+def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
+    """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
+    assert run(tmp_path / "broken", "--classifier-lr", "1e308", "--arms", "rl,cf-rl", "--sft-steps", "3") == 1
+    printed = capsys.readouterr()
+    assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
+    assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
+    assert "No verdict without all of" in printed.out
+    flags = ["--classifier-lr", "1e308", "--arms", "cf-rl", "--eval-every", "1", "--sft-steps", "3"]
+    assert run(tmp_path / "at-evaluation", *flags) == 1
+    assert "cf-rl, seed 0, stopped at step 1: the policy's logits are not finite" in capsys.readouterr().err
+
+
+class DeadlyPath(type(Path())):
+    """Kills the process that unpickles it, as a worker does with its job."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
+    """Instead of waiting for it for ever."""
+    (complaint,) = runs.run(Config(arms="rl", seeds=2), DeadlyPath(tmp_path), 2, train_toy.train)
+    assert "a worker process died" in complaint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, tmp_path):
+    """The workers leave it to the parent, for which a kill is the same. They hold its pipes: had one stayed,
+    `communicate` would time out."""
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since `finished` ran
+    out = tmp_path / "long"
+    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
+    command += ["--rl-steps", "100000", "--arms", "rl"]  # one worker is at work, one idle
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    started = time.monotonic()
+    while not (out / "parts" / "rl-seed0.csv").exists():
+        assert process.poll() is None and time.monotonic() - started < 60
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
+    rows = rows_without_seconds(out / "metrics.csv")
+    assert {row["arm"] for row in rows} == {"sft", "rl"} and all(row["success_G"] for row in rows)

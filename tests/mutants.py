@@ -1,16 +1,28 @@
-"""Break the code on purpose, one line at a time, and expect a test to fail: python tests/mutants.py [WORD]
+"""Break the code on purpose, one line at a time, and expect a test to fail: python tests/mutants.py [WORD ...]
 
-Each row: file, the line's text, what replaces it, and the test file that must turn red. With WORD, only the rows that
-contain it. A mutant that survives is a claim nobody checks; the exit code is the number of survivors.
+Each row: file, the line's text, what replaces it, and the test file that must turn red. A mutant that survives is a
+claim nobody checks; the exit code says whether any did. With WORDs only the rows that contain one of them are run. A
+full run writes the table of tests/README.md, and takes from it which test killed a row last time, to try that first.
 """
 
+import concurrent.futures
+import contextlib
+import importlib.util
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "tests" / "README.md"
+SECONDS = 120  # for the tests of a row; what hangs is as dead as what fails
 
 MUTANTS = [
     ("model.py", "triu(S - T + 1)", "triu(S - T + 2)", "test_model"),
@@ -30,16 +42,15 @@ MUTANTS = [
     ("minicfrl.py", "return -(advantages[:, None]", "return (advantages[:, None]", "test_policy_gradient"),
     ("minicfrl.py", "logp.masked_fill(~mask, 0.0)).sum()", "logp).sum()", "test_policy_gradient"),
     ("minicfrl.py", "count = int(mask.sum()) if count is None else count", "count = int(mask.sum())", "test_policy_gradient"),
-    ("minicfrl.py", "actions] += 1", "actions] += 0", "test_policy_gradient"),
+    ("model.py", "actions] += 1", "actions] += 0", "test_policy_gradient"),
     ("minicfrl.py", "return -(weights[:, None]", "return (weights[:, None]", "test_policy_gradient"),
     ("minicfrl.py", "(logp - reference_logp)", "(logp / reference_logp)", "test_policy_gradient"),
     ("minicfrl.py", "return ratio - ratio.mean(dim=1, keepdim=True)", "return ratio", "test_policy_gradient"),
     ("minicfrl.py", "advantages - config.kl * log_ratio", "advantages + config.kl * log_ratio", "test_train"),
     ("minicfrl.py", "if step in (1, config.classifier_steps + 1):  # (E5)", "if step == 1:", "test_train"),
-    ("minicfrl.py", 'if trained != "classifier":', "if True:", "test_train"),
+    ("minicfrl.py", "if trained != \"classifier\":", "if True:", "test_train"),
     ("minicfrl.py", "config.classifier_lr if stage == 1", "config.lr if stage == 1", "test_train"),
-    ("minicfrl.py", 'config.stage_1 if stage == 1 else "all"', '"classifier" if stage == 1 else "all"', "test_train"),
-    ("minicfrl.py", "count, W = advantages != 0, int(batch.mask.sum())", "count, W = advantages != 0, int(batch.mask[advantages != 0].sum())", "test_train"),
+    ("minicfrl.py", "config.stage_1 if stage == 1 else \"all\"", "\"classifier\" if stage == 1 else \"all\"", "test_train"),
     ("minicfrl.py", "responses[-1]) * ended", "responses[-1])", "test_train"),
     ("minicfrl.py", "pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,)", "pairs = task.heldout_pairs[torch.randint(len(task.heldout_pairs), (config.prompts,)", "test_train"),
     ("minicfrl.py", "W.grad = gradient if W.grad is None else W.grad + gradient", "W.grad = gradient if W.grad is None else W.grad", "test_train"),
@@ -48,14 +59,14 @@ MUTANTS = [
     ("minicfrl.py", "return rest if pattern in (\"D\", \"G\") else None", "return rest", "test_task"),
     ("minicfrl.py", "divmod(x + y + carry, 10)", "divmod(x + y, 10)", "test_task"),
     ("minicfrl.py", "if character not in self.alphabet:", "if False:", "test_task"),
-    ("minicfrl.py", "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k", "test_evaluate"),
-    ("minicfrl.py", "probe_logits = model.classifier(features)", "probe_logits = batch.state_logits", "test_evaluate"),
-    ("minicfrl.py", "rollout(model, task, prompts, 1).rewards", "rollout(model, task, prompts, 1, generator).rewards", "test_evaluate"),
-    ("train_toy.py", "ARMS[arm](self))", "{})", "test_cli"),
-    ("train_toy.py", 'draws, rl = generator(seed, "rl")', "draws, rl = generator(seed, arm)", "test_cli"),
-    ("train_toy.py", 'zlib.crc32(f"{purpose} {seed}".encode())', "zlib.crc32(purpose.encode())", "test_cli"),
-    ("assets/tables.py", "elif control <= cf_rl + config.eval_every:", "elif control <= cf_rl:", "test_cli"),
-    ("train_toy.py", "elif not (out / \"config.json\").exists():", "elif False:", "test_cli"),
+    ("experiments/measures.py", "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k", "test_measures"),
+    ("experiments/measures.py", "probe_logits = model.classifier(features)", "probe_logits = batch.state_logits", "test_measures"),
+    ("experiments/measures.py", "rollout(model, task, prompts, 1).rewards", "rollout(model, task, prompts, 1, generator).rewards", "test_measures"),
+    ("experiments/arms.py", "ARMS[arm](self))", "{})", "test_arms"),
+    ("experiments/arms.py", "draws, rl = generator(seed, \"rl\")", "draws, rl = generator(seed, arm)", "test_arms"),
+    ("experiments/arms.py", "zlib.crc32(f\"{purpose} {seed}\".encode())", "zlib.crc32(purpose.encode())", "test_arms"),
+    ("experiments/tables.py", "elif control <= cf_rl + config.eval_every:", "elif control <= cf_rl:", "test_tables"),
+    ("experiments/runs.py", "elif not (out / \"config.json\").exists():", "elif False:", "test_runs"),
     ("model.py", "math.sqrt(d // self.n_head)", "math.sqrt(d)", "test_model"),
     ("model.py", "nn.GELU()", "nn.ReLU()", "test_model"),
     ("model.py", "x + self.mlp(self.mlp_norm(x))", "x + self.mlp(x)", "test_model"),
@@ -67,19 +78,17 @@ MUTANTS = [
     ("minicfrl.py", "(position >= len(task.prompt(0, 0)))", "(position >= 0)", "test_train"),
     ("minicfrl.py", " * min(step / 20, 1 - (step - 1) / config.steps)", "", "test_train"),
     ("minicfrl.py", "if reference is not None:", "if reference is not None and not classifier_only:", "test_train"),
-    ("minicfrl.py", '"entropy": entropy(batch.state_logits).mean().item(),\n        "flat"', '"entropy": 0.0,\n        "flat"', "test_train"),
-    ("train_toy.py", '{"classifier_lr": config.lr}', "{}", "test_cli"),
-    ("train_toy.py", "direction * distance / direction.norm()", "direction * distance", "test_cli"),
-    ("train_toy.py", "SFTConfig(imitated, rl.classifier_steps, **sft)", "SFTConfig(imitated, 0, **sft)", "test_cli"),
+    ("experiments/arms.py", "{\"classifier_lr\": config.lr}", "{}", "test_arms"),
+    ("experiments/arms.py", "SFTConfig(imitated, rl.classifier_steps, **sft)", "SFTConfig(imitated, 0, **sft)", "test_arms"),
     ("minicfrl.py", "(model.classifier, config.classifier_lr) if stage == 1", "(model, config.classifier_lr) if stage == 1", "test_train"),
-    ("minicfrl.py", 'if trained != "body" else []', "", "test_train"),
+    ("minicfrl.py", "if trained != \"body\" else []", "", "test_train"),
     ("ntk.py", "F.cosine_similarity(R, both, dim=1)", "F.cosine_similarity(*parts, dim=1)", "test_one_update"),
-    ("assets/tables.py", "t * statistics.stdev(values) / math.sqrt(n)", "t * statistics.stdev(values)", "test_cli"),
-    ("train_toy.py", "max(0, n - free)", "n", "test_cli"),
+    ("experiments/tables.py", "t * statistics.stdev(values) / math.sqrt(n)", "t * statistics.stdev(values)", "test_tables"),
+    ("experiments/tables.py", "max(0, n - free)", "n", "test_tables"),
     ("minicfrl.py", "getattr(torch.optim, OPTIMIZERS[config.optimizer])", "torch.optim.Adam", "test_train"),
-    ("minicfrl.py", "passed[k] + pass_at_k(samples, correct, k)", "passed[k] + pass_at_k(samples, correct, 1)", "test_evaluate"),
-    ("train_toy.py", "min(steps, default=None)", "max(steps, default=None)", "test_cli"),
-    ("train_toy.py", "reached += [[]]", "reached += [] and [[]]", "test_cli"),
+    ("experiments/measures.py", "passed[k] + pass_at_k(samples, correct, k)", "passed[k] + pass_at_k(samples, correct, 1)", "test_measures"),
+    ("experiments/tables.py", "min(steps, default=None)", "max(steps, default=None)", "test_tables"),
+    ("experiments/tables.py", "reached += [[]]", "reached += [] and [[]]", "test_tables"),
     ("ntk.py", "value=1.0", "value=0.0", "test_ntk"),
     ("ntk.py", "F.one_hot(position, model.config.block_size)", "0 * F.one_hot(position, model.config.block_size)", "test_ntk"),
     ("ntk.py", "(g * normalised)", "(g * x[:, None])", "test_ntk"),
@@ -108,63 +117,202 @@ MUTANTS = [
     ("ntk.py", "- (pi * dlogits).sum(dim=1))", ")", "test_confidence"),
     ("ntk.py", "top * (dlogits", "(dlogits", "test_confidence"),
     ("ntk.py", "= change - by_W - by_body", "= change - by_W", "test_one_update"),
-    ("train_toy.py", "before.load_state_dict(model.state_dict())", "pass", "test_cli"),
-    ("train_toy.py", "moved_W.classifier = model.classifier", "moved_W = model", "test_cli"),
-    ("train_toy.py", "{name: so_far[name] + seen[name] for name in NOTHING_YET}", "{}", "test_cli"),
-    ("train_toy.py", "cosines(features[kind] - features[kind].mean(dim=0))", "cosines(features[kind])", "test_cli"),
-    ("train_toy.py", "* math.sqrt(now.gradient.size(1))", "", "test_cli"),
-    ("train_toy.py", "cumsum(dim=1) == 1", "cumsum(dim=1) == 2", "test_cli"),
-    ("train_toy.py", "cosine_similarity(by_W.gradient", "cosine_similarity(now.gradient", "test_cli"),
-    ("train_toy.py", '{**PLAIN, "reward": "coin flips"}', "PLAIN", "test_cli"),
-    ("train_toy.py", "imitated + record", "record", "test_cli"),
-    ("train_toy.py", "mixture=mixture)", ")", "test_cli"),
-    ("minicfrl.py", "rewards = reward_by(config.reward, batch, generator)", "rewards = batch.rewards", "test_train"),
-    ("minicfrl.py", "kl_divergence(torch.zeros_like(batch.logits), batch.logits)", "kl_divergence(batch.logits, torch.zeros_like(batch.logits))", "test_patterns"),
-    ("minicfrl.py", "/ mask.sum(dim=1)).view_as", ").view_as", "test_patterns"),
-    ("minicfrl.py", "batch.logp.masked_fill(~mask, 0.0).sum(dim=1)", "batch.logp.sum(dim=1)", "test_patterns"),
-    ("minicfrl.py", "(new_shares - shares) * (success + new_success) / 2", "(new_shares - shares) * success", "test_patterns"),
-    ("minicfrl.py", "[:, -1].softmax(dim=-1)", "[:, 0].softmax(dim=-1)", "test_patterns"),
-    ("minicfrl.py", "kl_divergence(batch.state_logits, reference)", "kl_divergence(reference, batch.state_logits)", "test_patterns"),
-    ("minicfrl.py", "kl.sum().item() / len(answers)", "kl.mean().item()", "test_patterns"),
-    ("model.py", "logp.exp() * (logp", "reference.softmax(dim=-1) * (logp", "test_patterns"),
-    ("train_toy.py", "for m in (probe.start, model)]", "for m in (model, probe.start)]", "test_cli"),
+    ("experiments/measures.py", "moved_W.classifier = model.classifier", "moved_W = model", "test_measures"),
+    ("experiments/measures.py", "cosines(features[kind] - features[kind].mean(dim=0))", "cosines(features[kind])", "test_measures"),
+    ("experiments/measures.py", "* math.sqrt(now.gradient.size(1))", "", "test_measures"),
+    ("ntk.py", "cumsum(dim=1) == 1", "cumsum(dim=1) == 2", "test_cli"),
+    ("experiments/measures.py", "cosine_similarity(by_W.gradient", "cosine_similarity(now.gradient", "test_measures"),
+    ("experiments/arms.py", "imitated + record", "record", "test_arms"),
+    ("experiments/arms.py", "mixture=mixture)", ")", "test_arms"),
+    ("experiments/arms.py", "kl_divergence(torch.zeros_like(batch.logits), batch.logits)", "kl_divergence(batch.logits, torch.zeros_like(batch.logits))", "test_patterns"),
+    ("experiments/arms.py", "/ mask.sum(dim=1)).view_as", ").view_as", "test_patterns"),
+    ("experiments/measures.py", "(new_shares - shares) * (success + new_success) / 2", "(new_shares - shares) * success", "test_patterns"),
+    ("experiments/measures.py", "[:, -1].softmax(dim=-1)", "[:, 0].softmax(dim=-1)", "test_patterns"),
+    ("experiments/measures.py", "kl_divergence(batch.state_logits, reference)", "kl_divergence(reference, batch.state_logits)", "test_patterns"),
+    ("experiments/measures.py", "kl.sum().item() / len(answers)", "kl.mean().item()", "test_patterns"),
+    ("experiments/arms.py", "logp.exp() * (logp", "reference.softmax(dim=-1) * (logp", "test_patterns"),
     ("train_toy.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "pass", "test_cli"),
-    ("train_toy.py", "{**NO_UPDATE, **NOTHING_YET, **record}", "record", "test_cli"),
-    ("minicfrl.py", "!= reference.argmax(dim=1)", "!= reference.argmin(dim=1)", "test_patterns"),
-    ("assets/report.py", "values[here].mean()", "values[here].sum()", "test_cli"),
-    ("assets/report.py", "return shares * (values", "return (values", "test_patterns"),
+    ("experiments/measures.py", "!= reference.argmax(dim=1)", "!= reference.argmin(dim=1)", "test_patterns"),
+    ("experiments/report.py", "values[here].mean()", "values[here].sum()", "test_measures"),
+    ("experiments/report.py", "return shares * (values", "return (values", "test_patterns"),
+    ("minicfrl.py", "int(batch.mask.sum())\n    for rows", "int(batch.mask[advantages != 0].sum())\n    for rows", "test_train"),
+    ("minicfrl.py", "\"entropy\": entropy(batch.state_logits).mean().item(),", "\"entropy\": 0.0,", "test_train"),
+    ("minicfrl.py", "rewards = config.reward(batch, generator)", "rewards = batch.rewards", "test_train"),
+    ("minicfrl.py", "prompts[i // samples]", "prompts[i % len(prompts)]", "test_train"),
+    ("minicfrl.py", "            optimizer.zero_grad()\n            _backward", "            _backward", "test_train"),
+    ("minicfrl.py", "        optimizer.zero_grad()\n        loss =", "        loss =", "test_train"),
+    ("minicfrl.py", "_require_finite(\"gradient norm\", norm)\n    optimizer.step()", "optimizer.step()\n    _require_finite(\"gradient norm\", norm)", "test_train"),
+    ("minicfrl.py", "with torch.no_grad():  # nothing is differentiated", "with torch.enable_grad():", "test_train"),
+    ("minicfrl.py", "betas=(0.9, 0.98)", "betas=(0.9, 0.999)", "test_train"),
+    ("minicfrl.py", "_backward(model, batch, advantages.flatten(), trained", "_backward(model, batch, advantages.T.flatten(), trained", "test_train"),
+    ("minicfrl.py", "(policy, batch.tokens) for policy in (model, reference)", "(policy, batch.tokens) for policy in (model, model)", "test_train"),
+    ("minicfrl.py", "reference = copy.deepcopy(model) if config.kl else None", "reference = model if config.kl else None", "test_train"),
+    ("minicfrl.py", "\"flat\": 1 - (advantages != 0)", "\"flat\": (advantages != 0)", "test_train"),
+    ("minicfrl.py", "task.decode(response[: length - ended])", "task.decode(response[:length])", "test_train"),
+    ("minicfrl.py", "zeros_like(self.mask[:, :1])), dim=1)", "zeros_like(self.mask[:, :1])), dim=1).roll(1, 1)", "test_train"),
+    ("minicfrl.py", "if self.samples == 1 and self.baseline", "if self.samples == 0 and self.baseline", "test_train"),
+    ("minicfrl.py", "if count < 1:", "if count < 0:", "test_policy_gradient"),
+    ("model.py", "token[ended] = end_token", "pass", "test_model"),
+    ("model.py", "ended = ended | (token[:, 0] == end_token)", "ended = token[:, 0] == end_token", "test_model"),
+    ("model.py", "if not last.isfinite().all():", "if False:", "test_train"),
+    ("model.py", "if T > 1:", "if T > 2:", "test_model"),
+    ("model.py", "return self.norm(x)", "return x", "test_model"),
+    ("model.py", "actions] += 1", "actions] += 2", "test_policy_gradient"),
+    ("experiments/arms.py", "direction * moved.norm() / direction.norm()", "direction * moved.norm()", "test_arms"),
+    ("experiments/arms.py", "\"random-reward\": lambda config: {**PLAIN, \"reward\": coin_flips}", "\"random-reward\": lambda config: PLAIN", "test_arms"),
+    ("experiments/arms.py", "batch.logp.masked_fill(~batch.mask[:, 1:], 0.0).sum(dim=1)", "batch.logp.sum(dim=1)", "test_patterns"),
+    ("experiments/arms.py", "model = copy.deepcopy(start)\n", "model = start\n", "test_arms"),
+    ("experiments/arms.py", "if imitated == config.rl_steps:", "if imitated:", "test_arms"),
+    ("experiments/arms.py", "if arm not in ARMS or self.arm_list.count(arm) > 1:", "if arm not in ARMS:", "test_cli"),
+    ("experiments/arms.py", "torch.randint(2, batch.rewards.shape", "torch.randint(1, batch.rewards.shape", "test_arms"),
+    ("experiments/measures.py", "for m in policies))", "for m in policies[::-1]))", "test_measures"),
+    ("experiments/measures.py", "return self.step in (0, self.config.rl_steps)", "return self.step == self.config.rl_steps", "test_measures"),
+    ("experiments/measures.py", "scene.step in scene.config.stage_ends", "scene.step == 0", "test_measures"),
+    ("experiments/measures.py", "\"mean\")[0]", "\"none\")[0]", "test_measures"),
+    ("experiments/measures.py", "different += len({task.answer(response) for response in batch.responses})", "different += len(set(batch.responses))", "test_measures"),
+    ("experiments/measures.py", "answers = [task.answer(response) for response in batch.responses]", "answers = batch.responses", "test_measures"),
+    ("experiments/measures.py", "pairs = scene.all_pairs if scene.at_an_end else scene.some_pairs", "pairs = scene.some_pairs", "test_measures"),
+    ("experiments/measures.py", "scene.draws(\"evaluation\")", "generator(scene.step, \"evaluation\")", "test_measures"),
+    ("experiments/measures.py", "Measure(kernel, at_stage_ends, KERNEL)", "Measure(kernel, at_every_look, KERNEL)", "test_measures"),
+    ("experiments/measures.py", "if any(not torch.equal(p, q)", "if any(torch.equal(p, q)", "test_measures"),
+    ("experiments/runs.py", "self.before.load_state_dict(self.model.state_dict())", "pass", "test_measures"),
+    ("experiments/runs.py", "{name: value + seen[name] for name, value in self.so_far.items()}", "{name: seen[name] for name in self.so_far}", "test_measures"),
+    ("experiments/runs.py", "update = {name: record.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}", "update = NO_UPDATE | SO_FAR | record", "test_measures"),
+    ("experiments/runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_runs"),
+    ("experiments/runs.py", "threading.Thread(target=end_with_parent, daemon=True).start()", "pass", "test_runs"),
+    ("experiments/runs.py", "signal.signal(signal.SIGINT, signal.SIG_IGN)", "pass", "test_runs"),
+    ("experiments/runs.py", "raise Damaged(f\"{file} is no policy", "raise RuntimeError(f\"{file} is no policy", "test_runs"),
+    ("experiments/runs.py", "if len(headers) > 1:", "if False:", "test_runs"),
+    ("experiments/runs.py", "if not all(file.exists() for file in files[job])", "if True", "test_runs"),
+    ("experiments/runs.py", "sorted((out / \"parts\").glob(\"*.csv\"))", "reversed(sorted((out / \"parts\").glob(\"*.csv\")))", "test_runs"),
+    ("experiments/runs.py", "os.replace(temporary, path)", "path.exists() or os.replace(temporary, path)", "test_runs"),
+    ("experiments/runs.py", "f\"{value:.6g}\" if isinstance(value, float)", "f\"{value:.1g}\" if isinstance(value, float)", "test_measures"),
+    ("experiments/tables.py", "\"accuracy_over_the_run\"] = [\n                statistics.fmean(row[\"accuracy\"] for row in rows[1:] or rows)", "\"accuracy_over_the_run\"] = [\n                statistics.fmean(row[\"accuracy\"] for row in rows)", "test_tables"),
+    ("experiments/tables.py", "zip(arm[m], base[m], strict=True)", "zip(arm[m], base[m][::-1], strict=True)", "test_tables"),
+    ("experiments/tables.py", "len(values), f\"{statistics.fmean(values)", "len(values), f\"{statistics.median(values)", "test_tables"),
+    ("experiments/one_update.py", "update = {name: -LR * gradient", "update = {name: LR * gradient", "test_one_update_page"),
+    ("experiments/one_update.py", "return len(patterns), 0 < batch.rewards[p].mean() < 1", "return len(patterns), True", "test_one_update_page"),
+    ("experiments/one_update.py", "(advantages @ g)[patterns]", "(advantages.abs() @ g)[patterns]", "test_one_update_page"),
+    ("experiments/one_update.py", "LR / count * part", "LR * part", "test_one_update_page"),
+    ("experiments/one_update.py", "probabilities @ dlogits[0]", "dlogits[0].mean()", "test_one_update_page"),
+    ("ntk.py", "A * (phi @ phi.T) * (g @ g.T)", "A.T * (phi @ phi.T) * (g @ g.T)", "test_influence"),
+    ("ntk.py", "A * (gradients @ gradients.T)", "gradients @ gradients.T", "test_influence"),
+    ("ntk.py", "here = F.one_hot(t, tokens.size(1))[:, :-1]", "here = F.one_hot(t, tokens.size(1)).cumsum(1)[:, :-1]", "test_influence"),
+    ("ntk.py", "g = residuals(phi @ W.T, tokens[row, t + 1])", "g = residuals(phi @ W.T, tokens[row, t])", "test_influence"),
+    ("ntk.py", "if mask[:, -1].any():", "if False:", "test_influence"),
+    ("experiments/claims.py", "for x, y in zip(self.summary[arm][name], self.summary[base][name], strict=True)", "for x, y in zip(self.summary[arm][name], self.summary[arm][name], strict=True)", "test_readme"),
+    ("experiments/claims.py", "min(curve) / curve[0]", "min(curve) / curve[-1]", "test_readme"),
+    ("experiments/report.py", "wrapped(f\"- {text}\", \"  \")", "wrapped(f\"- {text}\", \"\")", "test_readme"),
+    ("experiments/report.py", "lambda found, text=text: f\"{found[1]}{text}\\n{found[2]}\"", "lambda found: f\"{found[1]}{text}\\n{found[2]}\"", "test_readme"),
+    ("train_toy.py", "if not asking_a_saved_run(args):\n        open_out", "if True:\n        open_out", "test_cli"),
+    ("train_toy.py", "self.exit(2,", "self.exit(1,", "test_cli"),
+    ("train_toy.py", "return 1 if complaints else 0", "return 0", "test_runs"),
+    ("train_toy.py", "Watch(config, out, seed, \"sft\", task, model, seconds).write_row({})", "Watch(config, out, seed, \"sft\", task, model, seconds).write_row({\"step\": 1})", "test_measures"),
+    ("experiments/trl_recipe.py", "model.requires_grad_(state.global_step >= self.k or not self.freeze)", "model.requires_grad_(state.global_step > self.k or not self.freeze)", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "model.get_output_embeddings().requires_grad_(True)", "pass", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if state.global_step == self.k:", "if state.global_step == self.k + 1:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "            optimizer.state.clear()", "            pass", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "        model.requires_grad_(True)\n\n", "        pass\n\n", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if classifier is None:", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if classifier.weight is model.get_input_embeddings().weight:", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if type(self.k) is not int or not 0 <= self.k <= state.max_steps:", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if args.fsdp or args.deepspeed:", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if any(id(p) not in known or not p.requires_grad for p in model.parameters()):", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if state.global_step == 0 and optimizer.state:", "if False:", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "classifier_lr / lr if step < k else 1.0", "classifier_lr / lr if step <= k else 1.0", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "weight_decay=0.0", "weight_decay=0.1", "test_trl_recipe"),
+    ("experiments/trl_recipe.py", "if all(p is not q for q in classifier)", "if p.ndim > 1 and all(p is not q for q in classifier)", "test_trl_recipe"),
 ]  # fmt: skip
 
 
-def killed(folder, file, old, new, tests):
-    """Whether the tests fail once `old` is `new`. ValueError if the code has no such text, or several."""
+def known_killers():
+    """{(file, old, new): the test that killed the row when the table was written}."""
+    row = re.compile(r"^\| .*? \| `(\S+)`: `` (.*?) `` → `` (.*?) `` \| `(\S+)` \|$", re.MULTILINE)
+    return {(file, old, new): test for file, old, new, test in row.findall(PAGE.read_text(encoding="utf-8"))}
+
+
+def cell(text):
+    """Code as one line of a table."""
+    return " ".join(text.split()).replace("|", "¦")
+
+
+def first_failure(folder, tests):
+    """The first test of `tests` that fails in the folder, "a time limit" if they hang, or None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet)
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "a time limit"
+    finally:  # with whatever the broken code has left running
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[| |$)", output, re.MULTILINE)
+    if not failed:
+        raise RuntimeError(f"no test ran: {output[-500:]}")
+    return failed[1]
+
+
+def killer(folder, row, known):
+    """The test that fails once `old` is `new`, or None. ValueError if the code has no such text, or several."""
+    file, old, new, tests = row
     source = ROOT / file
     text = source.read_text(encoding="utf-8")
     if text.count(old) != 1:
         raise ValueError(f"{file} has {text.count(old)} times {old!r}")
     (folder / file).write_text(text.replace(old, new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    shutil.copy(source, folder / file)
-    return done.returncode == 1  # pytest: some test failed
+    try:
+        likely = known.get((file, cell(old), cell(new)))
+        dead = likely and (ROOT / likely.split("::")[0]).exists() and first_failure(folder, [likely])
+        return dead or first_failure(folder, [f"tests/{tests}.py"])
+    finally:
+        shutil.copy(source, folder / file)
 
 
-def main():
-    survivors = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
-        for mutant in MUTANTS:
-            if any(word not in " ".join(mutant) for word in sys.argv[1:]):
-                continue
-            dead = killed(folder, *mutant)
-            survivors += not dead
-            print(
-                f"{'killed  ' if dead else 'SURVIVED'}  {mutant[3]:22} {mutant[1].strip()}  ->  {mutant[2].strip()}",
-                flush=True,
-            )
-    return survivors
+def main(words):
+    chosen = [row for row in MUTANTS if all(word in " ".join(row) for word in words)]
+    if importlib.util.find_spec("trl") is None:
+        skipped = [row for row in chosen if row[3] == "test_trl_recipe"]
+        chosen = [row for row in chosen if row not in skipped]
+        print(f"{len(skipped)} rows about the recipe are left out: they need the extra trl")
+    known, mine = known_killers(), threading.local()
+    with tempfile.TemporaryDirectory() as name, tqdm(total=len(chosen), disable=None) as bar:
+
+        def copy_of_the_project():
+            mine.folder = Path(name) / str(threading.get_ident())
+            shutil.copytree(ROOT, mine.folder, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
+
+        def run(row):
+            dead = killer(mine.folder, row, known)
+            bar.write(f"{'killed by ' + dead if dead else 'SURVIVED'}  {row[0]}: {cell(row[1])}  ->  {cell(row[2])}")
+            bar.update()
+            return dead
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), initializer=copy_of_the_project) as pool:
+            killers = dict(zip(chosen, pool.map(run, chosen), strict=True))
+    survivors = [row for row, dead in killers.items() if dead is None]
+    print(f"{len(killers)} mutants, {len(survivors)} survived")
+    if not words:
+        write_table(killers, known)
+    return 1 if survivors else 0
+
+
+def write_table(killers, known):
+    """What each test is there for, in tests/README.md; rows that were left out keep what was found last time."""
+    lines = ["| claim | mutant | killed by |", "| --- | --- | --- |"]
+    for row in MUTANTS:
+        file, old, new = row[0], cell(row[1]), cell(row[2])
+        dead = killers.get(row, known.get((file, old, new)))
+        claim = re.sub(r"^test_", "", (dead or "").split("::")[-1]).replace("_", " ")
+        lines.append(f"| {claim} | `{file}`: `` {old} `` → `` {new} `` | `{dead}` |")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- mutants -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    PAGE.write_text(f"{before}<!-- mutants -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -207,8 +207,8 @@ class RLConfig:
     prompts: int = 32  # per update
     samples: int = 8  # responses per prompt: the group
     optimizer: str = "adam"  # or sgd
-    lr: float = 4e-4  # the optimiser's
-    classifier_lr: float = 8e-3  # the same for W in stage 1
+    lr: float = 4e-4  # of everything, but for W in stage 1
+    classifier_lr: float = 8e-3  # of W in stage 1
     stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
     reward: Callable = verified  # (Rollout, generator) -> rewards (P, G)
     baseline: str = "std"  # the kind of group_advantages
@@ -352,7 +352,7 @@ def _backward(model, batch, advantages, classifier_only):
     """Leave the gradient of (E3), or in stage 1 of W alone, in `.grad`. Rows without advantage add exactly nothing to
     it, so only the others are scored, a slice at a time: with one count of tokens for the batch the slices add up."""
     W, count = model.classifier.weight, int(batch.mask.sum())
-    for rows in advantages.nonzero().flatten().split(SLICE):
+    for rows in advantages.nonzero().flatten().split(SLICE):  # if there is none, one empty slice: a gradient of zeros
         tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
         if classifier_only:
             with torch.no_grad():  # nothing is differentiated
@@ -370,8 +370,9 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
     """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
 
     Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
-    classifier_steps = 0 there is nothing else. With stage_1="all" both stages train everything at the same learning
-    rates and with the same restart: the control that tells the freezing from the classifier's learning rate.
+    classifier_steps = 0 there is nothing else. With stage_1="all" nothing is ever frozen, and all else is the same: W
+    moves at classifier_lr in stage 1 and at lr in stage 2, the optimiser restarts. That is the matched control, which
+    tells the freezing from the classifier's learning rate.
 
     Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
     over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled in this
@@ -424,7 +425,7 @@ class SFTConfig:
     steps: int = 1000  # updates, those of linear probing included
     classifier_steps: int = 0  # updates of linear probing: the classifier alone, before everything (LP-FT)
     rows: int = 48  # demonstrations per update
-    lr: float = 3e-3  # Adam's, after a warm-up of 20 updates, falling linearly to 0
+    lr: float = 3e-3  # Adam's: it rises over 20 updates, and falls linearly over all of them
     classifier_lr: float = 8e-3  # the same in linear probing
     noise: float = 0.1  # probability that a column of S is demonstrated wrong
     mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: D, S, G

@@ -118,8 +118,8 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:  # GPT-2 draws from N(0, 0.02): this narrow body learns faster from 0.1
-                into_residual = name.endswith(("attention.proj.weight", "mlp.2.weight"))
-                nn.init.normal_(parameter, 0, 0.1 / (2 * config.n_layer) ** (into_residual / 2), generator)
+                into_residual = name.endswith(("attention.proj.weight", "mlp.2.weight"))  # 2 n_layer add up there
+                nn.init.normal_(parameter, 0, 0.1 / math.sqrt(2 * config.n_layer if into_residual else 1), generator)
 
     def features(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> phi (B, T, d), after the final LayerNorm. ValueError if T exceeds the block."""

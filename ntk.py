@@ -61,11 +61,11 @@ def _check_states(model, tokens, mask):
             raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
 
 
-def _body_function(model, tokens, mask):
-    """The body as a function, {name: parameter} -> features (N, d) of the selected states, and its parameters."""
+def _body_function(model):
+    """The body as a function, ({name: parameter}, tokens (B, T)) -> features (B, T, d), and its parameters."""
     body = copy.deepcopy(model.body)  # functional_call does not give a module that is registered twice its own back
     theta = {name: parameter.detach() for name, parameter in body.named_parameters()}
-    return lambda theta: functional_call(body, theta, (tokens,))[mask], theta
+    return lambda theta, tokens: functional_call(body, theta, (tokens,)), theta
 
 
 # ------------------------------------------------------------------------------------------------------- the definition
@@ -79,14 +79,16 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
     W = model.classifier.weight.detach()
 
     def jacobian(tokens, mask):  # {name: (N, V, *the parameter's shape)}
-        features, theta = _body_function(model, tokens, mask)
-        return jacrev(lambda theta: features(theta) @ W.T)(theta)
+        features, theta = _body_function(model)
+        return jacrev(lambda theta: features(theta, tokens)[mask] @ W.T)(theta)
 
     J, J2 = jacobian(tokens, mask), jacobian(tokens2, mask2)
     return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in J)
 
 
 # --------------------------------------------------------------------------------------------------------- the fast way
+#
+# At a first reading skip to the next such line: nothing here changes what the kernel is.
 #
 # A linear layer y_t = A x_t + b is used at every position t, so the gradient of output u in A is a sum of outer
 # products, sum_t g_t x_t^T, with g_t = d output_u / d y_t by backpropagation. Two of them have the inner product
@@ -247,8 +249,9 @@ def _holds(model, gradient, states, states2):
     """Whether u^T G u' = <J^T u, J'^T u'> for random u, u' over all states and logits: two plain backward passes."""
 
     def directions(states, seed):
-        features, theta = _body_function(model, *states)
-        phi, backward = vjp(features, theta)
+        tokens, mask = states
+        features, theta = _body_function(model)
+        phi, backward = vjp(lambda theta: features(theta, tokens)[mask], theta)
         W = model.classifier.weight.detach()
         u = torch.randn(len(phi), len(W), dtype=W.dtype, generator=torch.Generator().manual_seed(seed))
         return u, torch.cat([part.flatten() for part in backward(u @ W)[0].values()])
@@ -286,9 +289,9 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
                 f"not {tuple(change.shape)} {change.dtype}"
             )
     changes = {name: change.detach() for name, change in update.items()}
-    features, theta = _body_function(model, tokens, mask)
+    features, theta = _body_function(model)
     dtheta = {name: changes.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
-    phi, dphi = jvp(features, (theta,), (dtheta,))  # (N, d) each
+    phi, dphi = jvp(lambda theta: features(theta, tokens)[mask], (theta,), (dtheta,))  # (N, d) each
     W = parameters["classifier.weight"]
     return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
 
@@ -312,13 +315,12 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, chun
         raise ValueError("mask selects the last position, which no token follows")
     if advantages.shape != mask.shape[:1]:
         raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
-    body, W = copy.deepcopy(model.body), model.classifier.weight.detach()
-    theta = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    (features, theta), W = _body_function(model), model.classifier.weight.detach()
     row, t = mask.nonzero(as_tuple=True)  # (N,) each
     here = F.one_hot(t, tokens.size(1))[:, :-1]  # (N, T-1)
 
     def logp(theta, tokens, here):
-        phi = functional_call(body, theta, (tokens[None],))[0, :-1]  # (T-1, d)
+        phi = features(theta, tokens[None])[0, :-1]  # (T-1, d)
         return (token_logp(phi @ W.T, tokens[1:]) * here).sum()
 
     gradients = vmap(grad(logp), (None, 0, 0), chunk_size=chunk)(theta, tokens[row], here)

@@ -1,8 +1,12 @@
-"""Arms and experiments: rows of data, and the settings they change. A new arm is one more row of ARMS."""
+"""Arms and experiments: rows of data, and the settings they change. A new arm is one more row of ARMS.
+
+An arm is one way to train the starting policy; an experiment runs some arms, from some start, on some seeds.
+"""
 
 import copy
 import itertools
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -42,43 +46,54 @@ def log_probability(batch, generator=None):
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 
-PLAIN = {"classifier_steps": 0}
+
+@dataclass(frozen=True)
+class Arm:
+    """What makes an arm: each is a function of the Config of the run."""
+
+    changes: Callable = lambda config: {}  # in the RLConfig that the flags describe, which is cf-rl's
+    imitate: Callable = lambda config: 0  # updates that imitate correct demonstrations of S, before RL or in its place
+    nudge: bool = False  # is W first moved as far as stage 1 moves it, but anywhere?
+
+
+def plain(config):
+    return {"classifier_steps": 0}
 
 
 def sgd(config):
-    return {**PLAIN, "optimizer": "sgd", "lr": config.sgd_lr}
+    return {**plain(config), "optimizer": "sgd", "lr": config.sgd_lr}
 
 
-def judged_by_itself(reward):
-    return lambda config: {**PLAIN, "reward": reward, "lr": config.lr / 8}
+def slow(config):  # internal feedback at plain RL's rate is gone in a few updates
+    return {**plain(config), "lr": config.lr / 8}
 
 
-# What an arm changes in the RLConfig that the flags describe, which is cf-rl's.
+def in_place_of_rl(config):
+    return config.rl_steps
+
+
 ARMS = {
-    "rl": lambda config: PLAIN,
-    "cf-rl": lambda config: {},
-    "rl-classifier-lr": lambda config: {"stage_1": "all"},  # the matched control
-    "cf-rl-same-lr": lambda config: {"classifier_lr": config.lr},
-    "classifier-only": lambda config: {"classifier_steps": config.rl_steps},
-    "rl-sgd": sgd,
-    "body-first": lambda config: {"stage_1": "body"},
-    "random-reward": lambda config: {**PLAIN, "reward": coin_flips},
-    "random-reward-sgd": lambda config: {**sgd(config), "reward": coin_flips},
-    "self-certainty": judged_by_itself(self_certainty),
-    "self-certainty-sgd": lambda config: {**sgd(config), "reward": self_certainty},
-    "log-probability": judged_by_itself(log_probability),
-    "kl-0.3": lambda config: {**PLAIN, "kl": 0.3},
-    "kl-1": lambda config: {**PLAIN, "kl": 1.0},
-    "random-w": lambda config: PLAIN,
-    "sft-rl-sgd": lambda config: {**sgd(config), "steps": max(1, config.rl_steps - config.classifier_steps)},
-    "ft": lambda config: PLAIN,
-    "lp-ft": lambda config: {},
-}
-# Arms that first, or only, imitate correct demonstrations of S: for how many updates.
-IMITATED = {
-    "ft": lambda config: config.rl_steps,
-    "lp-ft": lambda config: config.rl_steps,
-    "sft-rl-sgd": lambda config: config.classifier_steps,
+    "rl": Arm(plain),
+    "cf-rl": Arm(),
+    "rl-classifier-lr": Arm(lambda config: {"stage_1": "all"}),  # the matched control
+    "cf-rl-same-lr": Arm(lambda config: {"classifier_lr": config.lr}),
+    "classifier-only": Arm(lambda config: {"classifier_steps": config.rl_steps}),
+    "rl-sgd": Arm(sgd),
+    "body-first": Arm(lambda config: {"stage_1": "body"}),
+    "random-reward": Arm(lambda config: {**plain(config), "reward": coin_flips}),
+    "random-reward-sgd": Arm(lambda config: {**sgd(config), "reward": coin_flips}),
+    "self-certainty": Arm(lambda config: {**slow(config), "reward": self_certainty}),
+    "self-certainty-sgd": Arm(lambda config: {**sgd(config), "reward": self_certainty}),
+    "log-probability": Arm(lambda config: {**slow(config), "reward": log_probability}),
+    "kl-0.3": Arm(lambda config: {**plain(config), "kl": 0.3}),
+    "kl-1": Arm(lambda config: {**plain(config), "kl": 1.0}),
+    "random-w": Arm(plain, nudge=True),
+    "sft-rl-sgd": Arm(
+        lambda config: {**sgd(config), "steps": max(1, config.rl_steps - config.classifier_steps)},
+        imitate=lambda config: config.classifier_steps,
+    ),
+    "ft": Arm(plain, imitate=in_place_of_rl),
+    "lp-ft": Arm(imitate=in_place_of_rl),
 }
 
 CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
@@ -170,7 +185,7 @@ class Config:
     def rl(self, arm) -> RLConfig:
         """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
         flags = {f.name: getattr(self, f.name) for f in fields(RLConfig) if hasattr(self, f.name)}
-        return replace(RLConfig(steps=self.rl_steps, **flags), **ARMS[arm](self))
+        return replace(RLConfig(steps=self.rl_steps, **flags), **ARMS[arm].changes(self))
 
     def jobs(self, *arms):
         return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
@@ -195,13 +210,13 @@ def after_stage_1(config, seed, task, start: GPT) -> GPT:
 def train_as(arm, config, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
     draws, rl = generator(seed, "rl"), config.rl(arm)
-    imitated = IMITATED.get(arm, lambda config: 0)(config)
+    imitated = ARMS[arm].imitate(config)
     if imitated:
         sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
         yield from supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws)
     if imitated == config.rl_steps:
         return
-    if arm == "random-w":  # plain RL, once W has moved as far as stage 1 moves it, but anywhere
+    if ARMS[arm].nudge:
         direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
         with torch.no_grad():
             moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight

@@ -5,7 +5,6 @@ import itertools
 import statistics
 from pathlib import Path
 
-from experiments import tables
 from experiments.one_update import closely
 from experiments.runs import load_policy, policy_file
 from minicfrl import verified
@@ -70,7 +69,7 @@ def plot_diversity(results, path):
     with panels_in(path, 2) as figure:
         for axes, experiment in zip(figure, ("confidence", "learning"), strict=True):
             _, summary = results[experiment]
-            names = [name for _, name, _ in tables.DIVERSITY[:-1]]
+            names = [name for name in summary["sft"] if name.startswith("best_of_")]
             shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
             for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
                 curves = list(zip(*(summary[arm][name] for name in names), strict=True))
@@ -83,7 +82,7 @@ def plot_diversity(results, path):
 def token_axes(axes, labels, colour="black"):
     """Ticks that read as responses, with positions on the left and lines between; `labels` has a list for each."""
     tokens = [token for response in labels for token in response]
-    numbered = [f"{token} {t}" for response in labels for t, token in enumerate(response)]
+    numbered = [f"{token} @{t}" for response in labels for t, token in enumerate(response)]
     axes.set_xticks(range(len(tokens)), tokens, fontsize=7)
     axes.set_yticks(range(len(tokens)), numbered, fontsize=6)
     axes.tick_params(length=0)
@@ -154,7 +153,7 @@ def plot_loop(path):
 
     steps = (
         "prompt\n47+85=",
-        "G sampled\nresponses",
+        "a group of\nresponses",
         "verifier:\nrewards 0 or 1",
         "advantages:\nbetter than\nthe group?",
     )

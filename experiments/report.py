@@ -9,7 +9,6 @@ import ast
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import re
 import statistics
@@ -24,7 +23,7 @@ from experiments.arms import CONTROLS, EXPERIMENTS, SAMPLES, Config, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
 from experiments.runs import load_policy, read_config, write_text
-from experiments.tables import over_seeds
+from experiments.tables import at, over_seeds
 from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp, verified
 from ntk import agreement, logit_change
 
@@ -53,14 +52,6 @@ def falls(curve):
 
 def markdown(heading, *rows, align="---:"):
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + [align] * (len(heading) - 1), *rows))
-
-
-def at(summary, arm, name, step, rows="stages"):
-    """A measure after an update, seed by seed."""
-    return [
-        values[steps.index(step)]
-        for values, steps in zip(summary[arm][rows][name], summary[arm][rows]["step"], strict=True)
-    ]
 
 
 def agreement_table(summary, arms):
@@ -284,7 +275,7 @@ def classifier_rows_table(update):
 
 def prediction_table(update):
     """What (E7) said of the patterns' probabilities, and what happened."""
-    rows = [["pattern", "before", "R says", "G says", "together", "what happened", "with W alone"]]
+    rows = [["pattern", "before", "through W (R)", "through the body (G)", "together", "what happened", "with W alone"]]
     columns = ("probabilities", "by_R", "by_G", "after", "after_W")
     for pattern, before, by_R, by_G, after, after_W in zip(
         Addition.patterns, *(update[name] for name in columns), strict=True
@@ -297,23 +288,21 @@ def prediction_table(update):
 def found(results):
     """The three bullets of the first screen."""
     now, later = (claims.Evidence(results, experiment) for experiment in ("confidence", "learning"))
-    lead = {
-        (e, arm): e.minus(arm, "rl", claims.RUN)
-        for e, arm in itertools.product((now, later), ("cf-rl", "rl-classifier-lr", "cf-rl-same-lr"))
-    }
+    lead = {e: [e.minus(arm, "rl", claims.RUN) for arm in ("cf-rl", "rl-classifier-lr")] for e in (now, later)}
+    rises = {arm: now.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
         "**CF-RL is faster than plain RL, and so is the same run without the freezing.** Mean accuracy over the run, "
-        f"minus plain RL's: CF-RL {lead[now, 'cf-rl']}, the control that freezes nothing "
-        f"{lead[now, 'rl-classifier-lr']}, CF-RL at plain RL's learning rate {lead[now, 'cf-rl-same-lr']}. From a "
-        f"start that cannot add yet: {lead[later, 'cf-rl']}, {lead[later, 'rl-classifier-lr']}, "
-        f"{lead[later, 'cf-rl-same-lr']}. A classifier that learns faster is "
-        "enough; what the order of the stages adds, these runs cannot tell.",
-        "**RL makes the policy sure of itself**, as the paper says: the probability of its likeliest token rises from "
-        f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. The moves of the classifier explain "
-        f"{now.through_W('rl-sgd')} of the rise with SGD, {now.through_W('rl')} with Adam.",
-        "**RL selects more than it teaches.** Of what accuracy gains, "
-        f"{now.of('rl', 'gain_by_shares', '+.2f')} comes from choosing the best way to answer more often, "
-        f"{now.of('rl', 'gain_by_success', '+.2f')} from getting better at one.",
+        f"minus plain RL's: CF-RL {lead[now][0]}, the control that freezes nothing {lead[now][1]}; CF-RL at plain "
+        f"RL's learning rate {now.minus('cf-rl-same-lr', 'rl', claims.RUN)}. So here a classifier that learns fast is "
+        f"enough. From a start that cannot add yet: CF-RL {lead[later][0]}, the control {lead[later][1]}, which "
+        "decides nothing.",
+        "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
+        f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. On fixed states it rises by "
+        f"{rises['rl-sgd']} with SGD, {now.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
+        f"with Adam, {now.through_W('rl')} of it by moving the classifier.",
+        "**RL selects ways to answer as much as it improves them.** Accuracy gained by choosing the best one more "
+        f"often, and by getting better at one: {now.gains('rl')}; from a start that cannot add yet "
+        f"{later.gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
 

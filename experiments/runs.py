@@ -17,6 +17,7 @@ import os
 import pickle
 import signal
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -294,7 +295,7 @@ def run(config, out, workers, train):
             clock = time.perf_counter()
             if missing(*config.arm_list) and not complaints:
                 size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
-                print(f"RL from there: {config.arms}; {size}", flush=True)
+                print(textwrap.fill(f"RL from there, {size}: {', '.join(config.arm_list)}", 80), flush=True)
                 complaints = run_jobs(missing(*config.arm_list))
                 print(f"  {time.perf_counter() - clock:.0f} s")
     except BrokenProcessPool:

@@ -78,9 +78,6 @@ SELECTION = (
     ("1st changed", "changed_first", ".0%"),
     ("later changed", "changed_later", ".1%"),
 )
-DIVERSITY = tuple((f"pass@{2**i}", f"best_of_{2**i}", ".2f") for i in range(7)) + (
-    ("answers in 64", "different_answers", ".1f"),
-)
 PAIRED = (
     ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
     ("accuracy", "accuracy", "+.3f"),
@@ -99,8 +96,16 @@ def over_seeds(values, form):
     n, text = len(values), f"{statistics.fmean(values):{form}}"
     if n == 1:
         return text
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.37 / (n - 1) + 2.8 / (n - 1) ** 2
     return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
+
+
+def at(summary, arm, name, step, rows="stages"):
+    """A measure after an update, seed by seed."""
+    return [
+        values[steps.index(step)]
+        for values, steps in zip(summary[arm][rows][name], summary[arm][rows]["step"], strict=True)
+    ]
 
 
 def cell(arm, name, form):
@@ -207,4 +212,6 @@ def print_tables(config, summary):
         "Where the confidence came from: the rise of top-1 on fixed states, and how much of it the changes of the "
         "classifier W and of the body explain to first order:"
     )
-    print(*lines_of(table(trained, MICROSCOPE)), sep="\n")
+    headings = ("rise", "through W", "the body", "the rest")
+    short = tuple((heading, *column[1:]) for heading, column in zip(headings, MICROSCOPE, strict=True))
+    print(*lines_of(table(trained, short)), sep="\n")

@@ -58,6 +58,45 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(value, size, kind, dtype):
     assert (group_advantages(torch.full((2, size), value, dtype=dtype), kind) == 0).all()
 
 
+precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def group_of_two_values(value, ulps, size, dtype):
+    """A group of `size` rewards: `value`, and in every third place the float that is `ulps` floats further out."""
+    other = torch.tensor(value, dtype=dtype)
+    for _ in range(ulps):
+        other = other.nextafter(other * 2)
+    group = torch.full((size,), value, dtype=dtype)
+    group[::3] = other
+    return group
+
+
+@precisions
+@given(value=st.floats(0.01, 100), sign=st.sampled_from([-1, 1]), size=st.integers(2, 64), ulps=st.integers(0, 4))
+@example(value=0.1, sign=1, size=5, ulps=0)
+@example(value=0.1, sign=1, size=64, ulps=4)
+def test_a_group_whose_rewards_differ_by_a_few_roundings_gets_exactly_zero(dtype, value, sign, size, ulps):
+    """In either precision and by its own roundings: 4 neighbouring floats are at most 4 eps of the value apart. Another
+    group of the batch, with a spread, changes nothing about that."""
+    flat = group_of_two_values(sign * value, ulps, size, dtype)
+    spread = torch.arange(size).to(dtype)
+    for kind in ("mean", "std", "rloo"):
+        advantages = group_advantages(torch.stack((flat, spread)), kind)
+        assert advantages.dtype == dtype and (advantages[0] == 0).all() and (advantages[1] != 0).any()
+    assert torch.equal(group_advantages(flat[None], "none")[0], flat)
+
+
+@precisions
+@given(value=st.floats(0.01, 100), size=st.integers(2, 64), ulps=st.integers(10, 100))
+def test_a_group_whose_rewards_differ_by_ten_roundings_is_compared(dtype, value, size, ulps):
+    """10 neighbouring floats are more than 4 eps of the value apart. The better ones are preferred: subtracting one
+    mean and dividing by one std keep the order."""
+    rewards = group_of_two_values(value, ulps, size, dtype)
+    for kind in ("mean", "std", "rloo"):
+        (advantages,) = group_advantages(rewards[None], kind)
+        assert advantages.isfinite().all() and advantages[::3].min() > advantages[1]
+
+
 def test_rewards_that_differ_by_rounding_alone_are_equal():
     """0.1 + 0.2 and 0.3 differ in the last bit; over a std of that size they would be 1 and -1."""
     assert (group_advantages(torch.tensor([[0.1 + 0.2, 0.3]]), "std") == 0).all()

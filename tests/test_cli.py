@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_runs import DEFAULT_ARMS, ROOT, environment, refused, run
 
 import train_toy
-from experiments.arms import Config
+from experiments import runs, tables
+from experiments.arms import ARMS, EXPERIMENTS, Config
+from minicfrl import Addition
 
 
 def test_saved_policies_answer(finished, capsys):
@@ -33,6 +36,61 @@ def test_plot_draws_a_picture(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "plot")
     assert run(tmp_path / "plot", "--plot") == 0
     assert (tmp_path / "plot" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def widest(capsys):
+    """The longest line on stdout, and its length in columns: every character that is printed takes one."""
+    line = max(capsys.readouterr().out.splitlines(), key=len)
+    return len(line), line
+
+
+def made_up(config):
+    """A summary of all arms at once, every cell as wide as its measure can make it: rates between 0 and 1 that differ
+    as much as they can, changes of a probability that are negative, a threshold that was never reached."""
+    rates = [float(i % 2) for i in range(config.seeds)]
+    measures = {name: rates for _, name, _ in tables.COLUMNS} | {f"share_{p}": rates for p in Addition.patterns}
+    measures |= {name: [-0.5 - rate / 2 for rate in rates] for _, name, _ in tables.MICROSCOPE}
+    curve = [[rate] * (config.rl_steps + 1) for rate in (0.5, *rates[1:])]
+    measures["curves"] = dict.fromkeys(tables.CURVES, curve)
+    never = {"updates_to_threshold": [None] * config.seeds}
+    return {"sft": measures} | {arm: measures | never for arm in ARMS}
+
+
+def test_what_a_finished_run_prints_fits_80_columns(finished, tmp_path, capsys):
+    """Nothing is missing, so this is the report: tables, curves, worked sums, verdict."""
+    shutil.copytree(finished, tmp_path / "again")
+    capsys.readouterr()
+    assert run(tmp_path / "again") == 0
+    width, line = widest(capsys)
+    assert 60 < width <= 80, line
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_the_tables_of_any_arms_fit_80_columns(seeds, capsys):
+    config = Config(seeds=seeds, rl_steps=300)
+    tables.print_tables(config, made_up(config))
+    width, line = widest(capsys)
+    assert 60 < width <= 80, line
+
+
+def test_what_a_run_says_while_it_trains_fits_80_columns(tmp_path, capsys):
+    """With its defaults and in every experiment; the jobs themselves are replaced by one that is done at once."""
+    for name, flags in {"plain": {}, **EXPERIMENTS}.items():
+        (tmp_path / name).mkdir()
+        assert runs.run(Config(**flags), tmp_path / name, 1, lambda *_: torch.nn.Identity()) == []
+    width, line = widest(capsys)
+    assert 60 < width <= 80, line
+
+
+def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path, capsys, monkeypatch):
+    """A table is what `lines_of` makes; all that a finished run prints is its report."""
+    shutil.copytree(finished, tmp_path / "again")
+    printed, lines_of = [], tables.lines_of
+    monkeypatch.setattr(tables, "lines_of", lambda rows: printed.append("table") or lines_of(rows))
+    monkeypatch.setattr(train_toy, "verdict", lambda *_: printed.append("verdict") or "So it ends.")
+    assert run(tmp_path / "again") == 0
+    assert printed in (["table", "verdict"], ["table", "table", "verdict"])
+    assert capsys.readouterr().out.endswith("\n\nSo it ends.\n")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,18 @@ from tiny_runs import rows_of, run
 
 from experiments import measures
 from experiments.arms import Config
-from experiments.measures import KERNEL, Scene, diversity, evaluate, kernel_row, make_probe, pass_at_k
+from experiments.measures import (
+    KERNEL,
+    MEASURES,
+    Scene,
+    diversity,
+    evaluate,
+    kernel_row,
+    make_probe,
+    measure,
+    pass_at_k,
+    start_probe,
+)
 from experiments.report import by_position, changes_by_position
 from experiments.runs import read_config
 from minicfrl import Addition, rollout
@@ -105,6 +116,62 @@ def test_diversity_counts_what_many_samples_hold(seed):
     assert row["different_answers"] == sum(len(set(batch.responses)) for batch in batches) / 2
 
 
+class LastLetter(TinyTask):
+    """The answer is a response's last letter, what comes before it is scratch; the empty response has none."""
+
+    def answer(self, response):
+        return response[-1] if response else None
+
+
+@given(seed=seeds)
+def test_different_answers_are_counted_not_responses(seed):
+    """Responses that differ in their scratch alone are one answer; no answer counts as one, however often it occurs.
+    Each answer is counted at its first occurrence."""
+    task, model, draws = LastLetter(), tiny_gpt(seed, 5, 3), generator(seed)
+
+    def count(responses):
+        answers = [task.answer(response) for response in responses]
+        return sum(answer not in answers[:i] for i, answer in enumerate(answers))
+
+    groups = [rollout(model, task, [prompt], 16, draws).responses for prompt in "01"]
+    row = diversity(model, task, task.heldout_pairs, generator(seed), samples=16)
+    assert row["different_answers"] == sum(map(count, groups)) / 2
+    probe = make_probe(model, task, task.heldout_pairs, generator(seed))
+    responses = rollout(model, task, ["0", "1"], 16, generator(seed)).responses
+    row = evaluate(model, task, task.heldout_pairs, probe, generator(seed), samples=16, k=1)
+    assert row["distinct"] == (count(responses[:16]) + count(responses[16:])) / 2
+
+
+class ByPrompt(TinyTask):
+    """A response that ends earns 1 for prompt 1 and as many halves as it has letters for prompt 0."""
+
+    def verify(self, prompt, response):
+        return 1.0 if prompt == "1" else len(response) / 2
+
+
+@given(seed=seeds, prompts=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+def test_the_probe_compares_its_responses_with_each_other(seed, prompts):
+    """One response per pair, all of them one group, in the pairs' order: its reward minus the mean of all."""
+    task, model = ByPrompt(), tiny_gpt(seed, 5, 3)
+    probe = make_probe(model, task, torch.tensor([[a, 0] for a in prompts]), generator(seed))
+    rewards = []
+    for prompt, tokens, states in zip(prompts, probe.tokens.tolist(), probe.state_mask.tolist(), strict=True):
+        assert tokens[0] == prompt
+        response = tokens[1 : 1 + sum(states)]
+        ended = response[-1] == task.end_token
+        rewards.append(task.verify(str(prompt), task.decode(response[:-1])) if ended else 0.0)
+    assert probe.advantages.tolist() == pytest.approx([reward - sum(rewards) / len(rewards) for reward in rewards])
+
+
+@pytest.mark.parametrize("rows, length", [(1, 3), (4, 8), (7, 9), (30, 11)])
+def test_some_states_are_up_to_32_of_the_probe_s_evenly_spread(rows, length):
+    """Of up to 63 states the first 32; of more, every (n // 32)th."""
+    mask = torch.rand(rows, length, generator=generator(0)) < 0.9
+    probe = measures.Probe(torch.zeros(rows, length), torch.zeros(rows), mask, None)
+    states = mask.nonzero().tolist()
+    assert probe.some_states.nonzero().tolist() == states[:: max(1, len(states) // 32)][:32]
+
+
 @given(seed=seeds, size=st.sampled_from([0.5, 2.0]))
 def test_feature_change_is_relative_to_the_start(seed, size):
     """Scaling the final LayerNorm's gain and bias by 1 + size moves every feature vector by `size` of its length."""
@@ -189,15 +256,79 @@ def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
     assert measured == {"0": True, "1": False, "2": True, "3": False, "4": True}
 
 
+def scene(step, seed=0, model_seed=1, **changes):
+    """A policy that is not its probe's, on one-digit sums: 8 updates, stage 1 of 2, evaluations on 2 and 3 prompts."""
+    settings = dict(digits=1, rl_steps=8, classifier_steps=2, eval_prompts=2, final_prompts=3)
+    config, task = Config(**settings | changes), Addition(1)
+    start, model = (tiny_gpt(each, vocab_size=17, block_size=11) for each in (0, model_seed))
+    return Scene(config, seed, step, task, model, start_probe(config, task, start, seed))
+
+
+def test_columns_are_numbers_when_it_is_their_time_and_nan_otherwise():
+    """Every column but those of the held-out evaluation: answers and gains at the start and at the end, the kernel at
+    the ends of the stages too. Whatever the step, the columns are the same, in the same order."""
+    ends = {*(f"best_of_{2**i}" for i in range(7)), "different_answers", "gain_by_shares", "gain_by_success"}
+    columns = None
+    for step in (0, 1, 2, 5, 8):
+        row = measure(scene(step))
+        absent = (set() if step in (0, 8) else ends) | (set() if step in (0, 2, 8) else set(KERNEL))
+        assert {name for name, value in row.items() if math.isnan(value)} == absent
+        assert list(row) == (columns := columns or list(row))
+    assert ends | set(KERNEL) == {name for each in MEASURES for name in each.columns} < set(columns)
+
+
+def test_every_look_of_a_run_draws_the_same_random_numbers():
+    """Whatever was measured before, and at whatever step: two looks at one policy agree to the bit, and where nothing
+    moved the gains are exactly 0. Another seed looks at other samples."""
+    first = measure(scene(0, final_prompts=2))
+    for step in (8, 1, 3):
+        torch.rand(3)  # the global random state plays no part
+        row = measure(scene(step, final_prompts=2))
+        assert {name: value for name, value in row.items() if not math.isnan(value)}.items() <= first.items()
+    looked_at = scene(1)
+    assert measures.held_out(looked_at) == measures.held_out(looked_at) == measures.held_out(scene(3))
+    assert measures.held_out(scene(1, seed=1)) != measures.held_out(looked_at)
+    assert measures.gains(scene(8, model_seed=0)) == {"gain_by_shares": 0, "gain_by_success": 0}
+
+
+def test_an_evaluation_uses_more_prompts_at_the_ends(monkeypatch):
+    """The first of the held-out pairs: 2 of them in between, 3 at the start and at the end. The probe has one response
+    to each pair of an evaluation, up to 32."""
+    seen = []
+    monkeypatch.setattr(measures, "evaluate", lambda model, task, pairs, *_: seen.append(pairs.tolist()))
+    for step in (0, 1, 2, 8):
+        measures.held_out(scene(step))
+    pairs = Addition(1).heldout_pairs[:3].tolist()
+    assert seen == [pairs, pairs[:2], pairs[:2], pairs]
+    for count, rows in ((2, 2), (64, 32)):
+        task = TinyTask()
+        task.heldout_pairs = task.heldout_pairs.repeat(20, 1)
+        probe = start_probe(Config(eval_prompts=count), task, tiny_gpt(0, 5, 3), 0)
+        assert len(probe.tokens) == len(probe.advantages) == rows
+
+
+def test_a_probe_without_advantages_pushes_nowhere():
+    """Rewards all equal: the alignment is 0, not 0/0."""
+    model = tiny_gpt(0, 5, 3)
+    assert (
+        kernel_row(model, make_probe(model, TinyTask(), torch.tensor([[0, 0], [1, 0]]), generator(0)))[
+            "kernel_G_alignment"
+        ]
+        == 0
+    )
+
+
 def test_the_gains_are_those_of_the_policy_since_the_start(monkeypatch):
-    """(E11) from the probe's start to the policy at hand, on the pairs of the last evaluation."""
+    """(E11) from the probe's start to the policy at hand, on the pairs of the last evaluation, which is when they are
+    measured. Evaluations, which look at the patterns too, are left out."""
     task, start, model = Addition(1), *(tiny_gpt(seed, vocab_size=17, block_size=11) for seed in (0, 1))
     probe = make_probe(start, task, task.heldout_pairs[:2], generator(0))
     config = Config(digits=1, rl_steps=20, eval_prompts=2, final_prompts=3)
     monkeypatch.setattr(measures, "pattern_rates", lambda policy, task, pairs, draws: (policy, len(pairs)))
     seen = []
     monkeypatch.setattr(measures, "selection", lambda *rates: seen.extend(rates) or {})
-    measures.gains(Scene(config, 0, 20, task, model, probe))
+    monkeypatch.setattr(measures, "evaluate", lambda *_: {})
+    measures.measure(Scene(config, 0, 20, task, model, probe))
     assert seen == [(probe.start, 3), (model, 3)]
 
 

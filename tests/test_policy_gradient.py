@@ -102,6 +102,21 @@ def test_the_kl_penalty_is_zero_at_the_reference(seed):
     assert (centred_log_ratio(logp, logp, mask[:, 1:], 2) == 0).all()
 
 
+@given(seed=seeds, P=st.integers(1, 4), G=st.integers(1, 4))
+def test_the_log_ratio_of_a_response_is_compared_with_its_own_group(seed, P, G):
+    """(E6) by loops: the response's tokens alone count, row p*G + g is sample g of prompt p."""
+    draw = generator(seed)
+    logp, reference = torch.randn(2, P * G, 3, generator=draw)
+    mask = torch.rand(P * G, 3, generator=draw) < 0.7
+    ratios = [
+        sum((x - y).item() for x, y, m in zip(*row, strict=True) if m)
+        for row in zip(logp, reference, mask, strict=True)
+    ]
+    expected = [[ratios[p * G + g] - sum(ratios[p * G : p * G + G]) / G for g in range(G)] for p in range(P)]
+    actual = centred_log_ratio(logp, reference, mask, G)
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=10 * ROUNDING)
+
+
 @given(seed=seeds, kind=st.sampled_from(["mean", "std"]))
 def test_a_group_of_equal_rewards_has_no_gradient(seed, kind):
     """Its advantages are exactly 0, and so is every product with them."""

@@ -1,6 +1,9 @@
 """From rows to summary, tables and verdict."""
 
+import math
+
 import pytest
+import torch
 
 from experiments import tables
 from experiments.arms import Config
@@ -17,6 +20,65 @@ def test_intervals_are_student_s_and_differences_are_paired_by_seed():
     summary |= {"cf-rl": {"seed": [0, 1]} | dict.fromkeys(names, [2.0, 6.0]), "kl": {"seed": [0]}}
     heading, row = tables.paired_table(summary)
     assert row == ["cf-rl"] + ["+1.000 ±0.000"] * 5 + ["+1.0 ±0.0"] and len(heading) == 7
+
+
+def test_the_factor_of_an_interval_is_the_quantile_of_student_s_t():
+    """The interval of n values with standard deviation sqrt(n) is the factor itself. Its density, integrated by the
+    midpoint rule, leaves 2.5% above it: 3e-4 beside that for the factor's own two digits, or the formula's error."""
+    for n in range(2, 60):
+        spread = math.sqrt((n - n % 2) / (n - 1))  # of values -1 and 1, and a 0 if n is odd
+        values = [math.sqrt(n) / spread * sign for sign in [-1, 1] * (n // 2) + [0] * (n % 2)]
+        factor = float(tables.over_seeds(values, ".4f").partition("±")[2])
+        t, nu = (torch.arange(200_000) + 0.5) * (factor / 200_000), n - 1
+        constant = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / math.sqrt(nu * math.pi)
+        inside = constant * ((1 + t**2 / nu) ** (-(nu + 1) / 2)).sum().item() * factor / 200_000
+        assert abs(0.5 - inside - 0.025) < 3e-4
+
+
+@pytest.mark.parametrize(
+    "values, form, text",
+    [
+        ([0.25], "+.2f", "+0.25"),
+        ([-1.0, 1.0], "+.1f", "+0.0 ±12.7"),
+        ([2.0, 2.0], ".0%", "200% ±0%"),
+        ([None], ".0f", "never"),
+        ([3, None, 5], ".0f", "never in 1 of 3"),
+        ([None, None], ".0f", "never in 2 of 2"),
+    ],
+)
+def test_a_cell_says_how_sure_it_is(values, form, text):
+    """One value has no interval; an interval has no sign; a mean over runs that never got there would be a lie."""
+    assert tables.over_seeds(values, form) == text
+
+
+def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
+    """Made-up rows, 10 a step and a number per seed and arm in no order: so the last row's value, the pairing and the
+    mean are all told from any other. An arm that lacks a seed is not compared."""
+    config = Config(seeds=3, arms="rl,cf-rl,kl-1", classifier_steps=4, rl_steps=8)
+    (tmp_path / "parts").mkdir()
+    own = {"sft": (0.1, 0.2, 0.3), "rl": (5.0, 1.0, 3.0), "cf-rl": (4.5, 6.5, 1.0), "kl-1": (0.0, 0.0)}
+    for arm, numbers in own.items():
+        for seed, number in enumerate(numbers):
+            policy_file(tmp_path, arm, seed).write_bytes(b"")
+            for step in [0] if arm == "sft" else [4, 8]:
+                measured = {name for _, name, _ in tables.PAIRED if name != "accuracy_over_the_run"}
+                row = dict.fromkeys((*tables.CURVES, *measured, "classifier_norm", "feature_change", *KERNEL), number)
+                row |= {name: math.nan for name in ("best_of_64", "kernel_R") if step == 4}
+                row = {name: value + 10 * step for name, value in row.items()}
+                append_row(rows_file(tmp_path, arm, seed), {**row, "arm": arm, "seed": seed, "step": step})
+    summary = tables.summarise(config, tmp_path)
+    for arm, numbers in own.items():
+        last = 0 if arm == "sft" else 80
+        assert summary[arm]["entropy"] == summary[arm]["best_of_64"] == [last + number for number in numbers]
+    assert summary["cf-rl"]["seed"] == [0, 1, 2] and summary["kl-1"]["seed"] == [0, 1]
+    assert summary["rl"]["curves"]["entropy"] == [
+        [x, 40 + y, 80 + y] for x, y in zip(own["sft"], own["rl"], strict=True)
+    ]
+    assert summary["rl"]["stages"]["step"] == [[0, 4, 8]] * 3
+    heading, row = tables.paired_table(summary)
+    # -0.5, 5.5 and -2 have the mean 1 and the standard deviation sqrt(15.75): 4.30 x 3.969 / sqrt(3) = 9.85.
+    assert row[:2] == ["cf-rl", "+1.000 ±9.853"] and set(row[1:6]) == {"+1.000 ±9.853"} and row[6] == "+1.0 ±9.9"
+    assert tables.paired_table(summary, "cf-rl")[1][:2] == ["rl", "-1.000 ±9.853"]
 
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):

@@ -64,6 +64,15 @@ def test_the_verifier_agrees_with_the_specification(data, task_a_b):
     assert task.verify(task.prompt(a, b), response) == 1.0
 
 
+def test_the_answer_is_what_the_scratch_leads_to_not_the_scratch():
+    """Other columns, or another pattern, and the same answer; without exactly one `;` there is none in S."""
+    same = ("S1213;132", "S;132", "S999999;132", "D132", "G132")
+    assert {TASKS[2].answer(response) for response in same} == {"132"}
+    for response in ("", ";132", "132", "S", "S132", "S1;2;132", "S;132;", "d132"):
+        assert TASKS[2].answer(response) is None
+    assert [TASKS[2].answer(response) for response in ("D", "S12;", "G1;2", "DD132")] == ["", "", "1;2", "D132"]
+
+
 @given(task_a_b=sums(), seed=seeds)
 def test_scratch_is_right_always_and_direct_where_nothing_carries(task_a_b, seed):
     task, a, b = task_a_b

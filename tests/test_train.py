@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 import re
+import statistics
+import zlib
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tiny import ROUNDING, TinyTask, generator, gradients, seeds, tiny_gpt
 
 from experiments.arms import coin_flips, log_probability, self_certainty
 from minicfrl import (
+    BASELINES,
     Addition,
     RLConfig,
     SFTConfig,
@@ -75,6 +79,35 @@ def test_a_forced_pattern_starts_every_response_and_is_not_credited(seed):
     batch = rollout(policy(seed), TinyTask(REWARDS), ["0", "1"], 3, generator(seed), pattern="a")
     assert all(text.startswith("a") for text in batch.responses)
     assert not batch.mask[:, :2].any() and batch.mask[:, 2].all()
+
+
+class FourPrompts(TinyTask):
+    """Four prompts of one letter; what a response earns depends on the prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.train_pairs = torch.tensor([[0, 0], [1, 0], [2, 0], [3, 0]])
+
+    def prompt(self, a, b):
+        return self.alphabet[a]
+
+    def verify(self, prompt, response):
+        return zlib.crc32(f"{prompt} {response}".encode()) % 7 / 7
+
+
+@given(seed=seeds, prompts=st.lists(st.sampled_from("01ab"), min_size=1, max_size=5), samples=st.integers(1, 4))
+def test_every_response_is_judged_against_its_own_prompt(seed, prompts, samples):
+    """Row p*G + g begins with prompt p and earns rewards[p, g], whatever P and G: the verdict of the prompt that its
+    own tokens begin with. The rewards are of the policy's precision."""
+    task, model = FourPrompts(), policy(seed).to(torch.float32)
+    batch = rollout(model, task, prompts, samples, generator(seed))
+    assert batch.rewards.shape == (len(prompts), samples) and batch.rewards.dtype == torch.float32
+    for p, g in itertools.product(range(len(prompts)), range(samples)):
+        tokens, mask = batch.tokens[p * samples + g], batch.mask[p * samples + g]
+        assert task.alphabet[tokens[0]] == prompts[p]
+        ended = tokens[mask][-1] == task.end_token
+        earned = task.verify(prompts[p], batch.responses[p * samples + g]) if ended else 0.0
+        assert batch.rewards[p, g].item() == pytest.approx(earned, rel=1e-6)  # float32
 
 
 def test_rollout_refuses_bad_counts():
@@ -210,6 +243,100 @@ def test_an_update_follows_the_gradient_of_the_whole_batch(seed):
     assert record["entropy"] == pytest.approx(entropy(batch.state_logits).mean().item())
 
 
+def own_group(row, G):
+    """The rows of the same group."""
+    return range(row // G * G, row // G * G + G)
+
+
+@given(
+    seed=seeds,
+    P=st.integers(1, 5),
+    G=st.integers(2, 4),
+    baseline=st.sampled_from(BASELINES),
+    stage_1=st.sampled_from(["classifier", "body", "all"]),
+    k=st.integers(0, 2),
+)
+def test_an_update_compares_every_response_with_its_own_group(seed, P, G, baseline, stage_1, k):
+    """Two SGD steps, each rebuilt row by row from (E2), (E3) and (E6), for any numbers of prompts and samples. The
+    second is not at the reference, so the penalty acts; it comes after the rewards are normalised."""
+    config = dataclasses.replace(FAST, steps=2, classifier_steps=k, stage_1=stage_1, prompts=P, samples=G, kl=0.5)
+    config = dataclasses.replace(config, baseline=baseline, optimizer="sgd", lr=0.1, classifier_lr=0.2)
+    task, model, draws = FourPrompts(), policy(seed), generator(seed)
+    reference, same_draws = copy.deepcopy(model), generator(seed)
+    training = train_rl(model, task, config, draws)
+    for step in (1, 2):
+        before = copy.deepcopy(model)
+        next(training)
+        pairs = task.train_pairs[torch.randint(4, (P,), generator=same_draws)].tolist()
+        batch = rollout(before, task, [task.prompt(a, b) for a, b in pairs], G, same_draws)
+        rewards, mask = batch.rewards.flatten().tolist(), batch.mask[:, 1:]
+        logp, reference_logp = ((sequence_logp(m, batch.tokens) * mask).sum(dim=1) for m in (before, reference))
+        ratio, loss = (logp - reference_logp).tolist(), 0.0
+        for row, reward in enumerate(rewards):
+            group = [rewards[i] for i in own_group(row, G)]
+            advantage = reward - (0 if baseline == "none" else statistics.fmean(group))
+            if len(set(group)) == 1 and baseline != "none":
+                advantage = 0.0
+            elif baseline == "std":
+                advantage /= statistics.pstdev(group)
+            elif baseline == "rloo":
+                advantage = reward - (sum(group) - reward) / (G - 1)
+            advantage -= 0.5 * (ratio[row] - statistics.fmean(ratio[i] for i in own_group(row, G)))
+            loss = loss - advantage * logp[row] / mask.sum()
+        names, parameters = zip(*before.named_parameters(), strict=True)
+        slopes = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        trained = stage_1 if step <= k else "all"
+        for name, p in model.named_parameters():
+            of_W = name == "classifier.weight"
+            rate = 0.2 if of_W and step <= k else 0.1
+            rests = trained == ("body" if of_W else "classifier")
+            expected = before.get_parameter(name) - (0.0 if rests else rate) * slopes[name]
+            torch.testing.assert_close(p, expected, rtol=0, atol=1000 * ROUNDING)
+
+
+def updates(kind, model, steps, draws, kl=0.0):
+    """Updates of one kind, from the first: of fine-tuning or linear probing, of plain RL, or of a stage 1 of RL."""
+    k = 0 if kind in ("fine-tuning", "plain") else steps
+    if kind in ("fine-tuning", "probing"):
+        return supervised_finetune(model, Addition(1), SFTConfig(steps=steps, rows=4, classifier_steps=k), draws)
+    config = dataclasses.replace(FAST, steps=steps, classifier_steps=k, reward=log_probability, kl=kl)
+    config = dataclasses.replace(config, stage_1="all" if kind == "plain" else kind)
+    return train_rl(model, Addition(1), config, draws)
+
+
+KINDS = ["classifier", "body", "all", "plain", "probing", "fine-tuning"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_s_gradient_belongs_to_that_update_alone(kind):
+    """To the bit: a fresh copy of the policy that makes the third update alone forms the same gradient, though it never
+    saw the first two. And what an earlier `backward` left behind plays no part."""
+    model, draws = tiny_gpt(0, 17, 11), generator(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    training = updates("plain" if kind == "all" else kind, model, 3, draws)
+    part = {"classifier": model.classifier, "probing": model.classifier, "body": model.body}.get(kind, model)
+    for _ in range(3):
+        fresh, same_draws = tiny_gpt(0, 17, 11), torch.Generator()
+        fresh.load_state_dict(model.state_dict())
+        same_draws.set_state(draws.get_state())
+        next(training)
+        list(updates("plain" if kind == "all" else kind, fresh, 1, same_draws))
+        gradient = {name: p.grad for name, p in fresh.named_parameters()}
+        for name, p in model.named_parameters():
+            if any(p is q for q in part.parameters()):
+                assert torch.equal(p.grad, gradient[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_1_builds_no_graph_and_stage_2_does(kind):
+    """Tensors that autograd saves for a backward pass during one update, its rollout and its KL penalty included."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        next(updates(kind, tiny_gpt(0, 17, 11), 1, generator(0), kl=0.1))
+    assert bool(saved) == (kind != "classifier")
+
+
 @pytest.mark.parametrize("classifier_steps", [0, 30])
 def test_the_kl_penalty_acts_in_both_stages(classifier_steps):
     """The exact KL of the first token to the start after 30 updates, all of one stage, with and without it."""
@@ -270,6 +397,31 @@ def test_the_learning_rate_of_fine_tuning_warms_up_and_falls_to_zero():
         moves.append((model.classifier.weight - before).abs().max().item())
         before = model.classifier.weight.detach().clone()
     assert moves[0] == pytest.approx(1e-2 / 20, rel=1e-3) and moves[-1] < 0.1 * max(moves)
+
+
+def test_fine_tuning_is_adam_by_its_definition_on_the_loss_per_response_token():
+    """Loss, gradient and step written out once more: the mean of -log pi over response tokens; Adam's two averages with
+    betas 0.9 and 0.98 and epsilon 1e-8, unbiased, both from 0 again where a stage begins; no weight decay. A gradient
+    that is 0 but for rounding is kept small by epsilon: 1e-9."""
+    config, task = SFTConfig(steps=5, classifier_steps=2, rows=4, lr=1e-2, classifier_lr=3e-2), Addition(1)
+    model, twin, draws = tiny_gpt(0, 17, 11), tiny_gpt(0, 17, 11), generator(1)
+    for step, record in enumerate(supervised_finetune(model, task, config, generator(1)), start=1):
+        tokens, mask = _demonstrations(task, config, draws)
+        logp = twin(tokens)[:, :-1].log_softmax(dim=-1)
+        picked = [logp[i, t - 1, tokens[i, t]] for i, t in mask.nonzero().tolist()]
+        loss = -sum(picked) / len(picked)
+        assert record["loss"] == pytest.approx(loss.item())
+        if step in (1, 3):
+            trained, n = list((twin.classifier if step == 1 else twin).parameters()), 0
+            m, v = [torch.zeros_like(p) for p in trained], [torch.zeros_like(p) for p in trained]
+        slopes, n = torch.autograd.grad(loss, trained), n + 1
+        rate = (3e-2 if step < 3 else 1e-2) * min(step / 20, 1 - (step - 1) / 5)
+        for i, (p, slope) in enumerate(zip(trained, slopes, strict=True)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * slope, 0.98 * v[i] + 0.02 * slope**2
+            with torch.no_grad():
+                p -= rate * m[i] / (1 - 0.9**n) / ((v[i] / (1 - 0.98**n)).sqrt() + 1e-8)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
 
 def test_rl_raises_the_reward_and_supervision_lowers_the_loss():
@@ -397,3 +549,49 @@ def test_training_stops_where_something_is_not_finite_and_names_it():
     task = Addition(1)
     with pytest.raises(FloatingPointError, match="step 2: "):
         list(supervised_finetune(tiny_gpt(0, 17, 11), task, SFTConfig(steps=3, rows=2, lr=1e300), generator(0)))
+
+
+@pytest.mark.parametrize("classifier_steps", [0, 3])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    "bad, error", [(1e308, "(loss|gradient norm) is"), (1e200, "gradient norm is inf"), ("nan", "not nan")]
+)
+def test_rl_leaves_the_policy_as_it_was_where_something_is_not_finite(classifier_steps, optimizer, bad, error):
+    """Bit for bit what the update before left: with rewards of 1e308 the loss overflows, with 1e200 it does not, but
+    the gradient's norm, a root of squares, does."""
+    rewards = iter([1.0, float(bad)])
+    config = dataclasses.replace(FAST, classifier_steps=classifier_steps, optimizer=optimizer, baseline="none")
+    config = dataclasses.replace(config, reward=lambda batch, draws: torch.full_like(batch.rewards, next(rewards)))
+    model = policy(0)
+    training = train_rl(model, TinyTask(), config, generator(0))
+    next(training)
+    before = weights(model)
+    with pytest.raises((FloatingPointError, ValueError), match=error):
+        next(training)
+    assert not moved(before, model)
+
+
+@pytest.mark.parametrize(
+    "stage, factor, error", [(1, 1e308, "step 1: the loss is inf"), (2, 1e200, "step 1: the gradient norm is inf")]
+)
+def test_fine_tuning_leaves_the_policy_as_it_was_where_something_is_not_finite(stage, factor, error):
+    """With logits of 1e308 and more the loss overflows while W's gradient is finite; with 1e200 the loss is finite, and
+    the gradient's norm overflows."""
+    model = tiny_gpt(0, 17, 11)
+    with torch.no_grad():
+        model.classifier.weight *= factor / (10 * model.classifier.weight.abs().max())
+    before = weights(model)
+    config = SFTConfig(steps=2, classifier_steps=2 - stage, rows=4)
+    with pytest.raises(FloatingPointError, match=error):
+        list(supervised_finetune(model, Addition(1), config, generator(0)))
+    assert not moved(before, model)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["lr", "classifier_lr", "kl", "noise"])
+def test_every_rate_is_checked(name, bad):
+    with pytest.raises(ValueError, match=f"{name}( must|={bad}).*{bad}|{name}={bad}.* is out of range"):
+        SFTConfig(noise=bad) if name == "noise" else dataclasses.replace(FAST, **{name: bad})
+    if name in ("lr", "classifier_lr"):
+        with pytest.raises(ValueError, match=f"{name}={bad}.* is out of range"):
+            SFTConfig(**{name: bad})

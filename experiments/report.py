@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from experiments import claims, figures, tables
-from experiments.arms import CONTROLS, EXPERIMENTS, SAMPLES, Config, generator
+from experiments.arms import EXPERIMENTS, SAMPLES, Config, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
 from experiments.runs import load_policy, read_config, write_text
@@ -270,7 +270,7 @@ def classifier_rows_table(update):
         push = update["pushes"][k]
         rows.append([pattern, f"−({push:+.0f} / {N}) φᵀ", f"{abs(push) * length / N:.4f}"])
         rows[-1] += [f"{update[name][k]:.4f}" for name in ("rows_by_hand", "rows_by_autograd")]
-    return markdown(*rows)
+    return markdown(*rows) + f"\n\n|φ| = {length:.3f}, N = {N}."
 
 
 def prediction_table(update):
@@ -300,8 +300,8 @@ def found(results):
         f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. On fixed states it rises by "
         f"{rises['rl-sgd']} with SGD, {now.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
         f"with Adam, {now.through_W('rl')} of it by moving the classifier.",
-        "**RL selects ways to answer as much as it improves them.** Accuracy gained by choosing the best one more "
-        f"often, and by getting better at one: {now.gains('rl')}; from a start that cannot add yet "
+        "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the best "
+        f"way to answer more often, and by getting better at one: {now.gains('rl')}; from a start that cannot add yet "
         f"{later.gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
@@ -407,7 +407,7 @@ def main(folders):
     write_text(RESULTS, json.dumps(stored) + "\n")
     results, positions, update = load_results()
     config, summary = results["confidence"]
-    figures.plot_curves(dataclasses.replace(config, arms=CONTROLS), summary, HERE / "curves.png")
+    figures.plot_curves(dataclasses.replace(config, arms=Config.arms), summary, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
     figures.plot_patterns(results, HERE / "patterns.png")
     figures.plot_kernel(update, HERE / "kernel.png")

@@ -1,7 +1,10 @@
 """Long runs: what they leave behind, that they repeat to the byte, and go on where they were cut."""
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import DEFAULT_ARMS, ROOT, TINY, environment, refused, rows_of, rows_without_seconds, run
 
 import train_toy
@@ -108,23 +112,150 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     assert "a worker process died" in complaint
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, tmp_path):
+POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """A run of two arms in two workers, once both have begun: (its process, its folder). Whatever the test does, the
+    run and its workers are ended. Ctrl-C reaches it even if the shell that started the tests ignores it."""
+    out = tmp_path / "long"
+    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
+    command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        started = time.monotonic()
+        while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
+            assert process.poll() is None and time.monotonic() - started < 60
+            time.sleep(0.1)
+        yield process, out
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@POSIX
+def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, long_run):
     """The workers leave it to the parent, for which a kill is the same. They hold its pipes: had one stayed,
     `communicate` would time out."""
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since `finished` ran
-    out = tmp_path / "long"
-    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
-    command += ["--rl-steps", "100000", "--arms", "rl"]  # one worker is at work, one idle
-    process = subprocess.Popen(
-        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    started = time.monotonic()
-    while not (out / "parts" / "rl-seed0.csv").exists():
-        assert process.poll() is None and time.monotonic() - started < 60
-        time.sleep(0.1)
+    process, out = long_run
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
     rows = rows_without_seconds(out / "metrics.csv")
-    assert {row["arm"] for row in rows} == {"sft", "rl"} and all(row["success_G"] for row in rows)
+    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_G"] for row in rows)
+
+
+@POSIX
+def test_a_folder_has_one_owner_and_outlives_it_and_workers_do_not(long_run, capsys):
+    """A second start is refused while the first is at work. Killed, which no process can prepare for, that leaves no
+    worker after five seconds (they hold its pipes) and no lock; all its rows but the last are whole."""
+    process, out = long_run
+    command = [*TINY, "--out", str(out), "--rl-steps", "100000", "--arms", "rl,cf-rl"]
+    assert re.search(rf"{out} is in use by process {process.pid} since \d{{4}}-", refused(capsys, *command))
+    process.kill()
+    process.communicate(timeout=5)
+    with runs.owned(out):
+        assert (out / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} since ")
+    for part in (out / "parts").glob("*.csv"):
+        header, *rows = part.read_text(encoding="utf-8").splitlines()
+        steps = [int(row.split(",")[2]) for row in rows[:-1]]
+        assert steps == sorted(set(steps)) and all(row.count(",") == header.count(",") for row in rows[:-1])
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A finished run that may be damaged."""
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+def stopped(capsys, out, *flags):
+    """Continue a damaged run: exit code 1 and one line, which is returned."""
+    capsys.readouterr()
+    assert run(out, *flags) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    return errors
+
+
+@pytest.mark.parametrize("content", [b"", b"not a policy", "half", "another shape"])
+def test_a_file_that_is_no_policy_ends_in_one_sentence(copied, capsys, content):
+    file = copied / "sft-seed0.pt"
+    if content == "half":
+        content = file.read_bytes()[: file.stat().st_size // 2]
+    elif content == "another shape":
+        torch.save({"classifier.weight": torch.zeros(3, 2)}, file)
+        content = file.read_bytes()
+    file.write_bytes(content)
+    (copied / "rl-seed0.pt").unlink()
+    assert f"{file} is no policy of this run: delete it" in stopped(capsys, copied)
+    assert file.read_bytes() == content
+
+
+def test_rows_that_are_damaged_or_of_another_version_end_in_one_sentence(copied, capsys):
+    part = copied / "parts" / "rl-seed0.csv"
+    text = part.read_text(encoding="utf-8")
+    part.write_text(text[: len(text) * 3 // 4], encoding="utf-8")
+    assert f"{part} is damaged: delete it, and the same command makes it again" in stopped(capsys, copied)
+    part.write_text(text.replace("accuracy", "precision", 1), encoding="utf-8")
+    metrics = (copied / "metrics.csv").read_bytes()
+    assert "holds rows of different columns, of another version" in stopped(capsys, copied)
+    assert (copied / "metrics.csv").read_bytes() == metrics
+    part.unlink()  # as the first sentence said
+    assert run(copied) == 0
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_file(copied, capsys, monkeypatch):
+    """Where the policy of the one missing arm is written."""
+    (copied / "rl-seed0.pt").unlink()
+    write_bytes = Path.write_bytes
+
+    def full(path, content):
+        if path.name == "rl-seed0.pt.part":
+            write_bytes(path, content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "stopped: [Errno 28] No space left on device" in stopped(capsys, copied)
+    assert not list(copied.glob("rl-seed0.pt*"))
+
+
+def test_a_file_written_twice_holds_the_second_text(tmp_path):
+    for text in ("a longer first text\n", "second\n"):
+        runs.write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_bytes() == b"second\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_workers_in_other_circumstances_write_the_rows_of_one(tmp_path):
+    """Each arm of each seed draws its own random numbers, in whatever process, so the order of the arms, the working
+    folder, the hash seed and the threads of the environment play no part. One run is as users start it, in a fresh
+    interpreter and spawned workers, in float32; it says nothing but on stdout and writes nothing but its folder."""
+    (tmp_path / "elsewhere").mkdir()
+    flags = [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_toy.py"), *flags],
+        cwd=tmp_path / "elsewhere",
+        env=environment() | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0 and done.stderr == "" and "No verdict without all of" in done.stdout
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    torch.set_default_dtype(torch.float32)
+    try:
+        assert run(tmp_path / "one", "--arms", "cf-rl,rl") == 0
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")

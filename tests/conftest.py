@@ -11,7 +11,7 @@ collect_ignore = ["trl_bridge.py"]  # needs the extra `trl`; test_trl_recipe.py 
 torch.set_num_threads(1)
 settings.register_profile(
     "fast",
-    max_examples=16,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,

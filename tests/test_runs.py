@@ -237,25 +237,36 @@ def test_a_file_written_twice_holds_the_second_text(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"second\n" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_two_workers_in_other_circumstances_write_the_rows_of_one(tmp_path):
-    """Each arm of each seed draws its own random numbers, in whatever process, so the order of the arms, the working
-    folder, the hash seed and the threads of the environment play no part. One run is as users start it, in a fresh
-    interpreter and spawned workers, in float32; it says nothing but on stdout and writes nothing but its folder."""
-    (tmp_path / "elsewhere").mkdir()
-    flags = [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(tmp_path / "two")]
-    done = subprocess.run(
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """A run as users start it, in a fresh interpreter and spawned workers, under way while other tests are."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    flags = [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(folder.parent / "two")]
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_toy.py"), *flags],
-        cwd=tmp_path / "elsewhere",
+        cwd=folder,
         env=environment() | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
     )
-    assert done.returncode == 0 and done.stderr == "" and "No verdict without all of" in done.stdout
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    yield process, folder
+    process.kill()
+    process.communicate()
+
+
+def test_two_workers_in_other_circumstances_write_the_rows_of_one(elsewhere, tmp_path):
+    """Each arm of each seed draws its own random numbers, in whatever process, so the order of the arms, the working
+    folder, the hash seed and the threads of the environment play no part. In float32, as users run it: that says
+    nothing but on stdout and writes nothing but its folder."""
+    process, folder = elsewhere
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == "" and "No verdict without all of" in output
+    assert list(folder.iterdir()) == []
     torch.set_default_dtype(torch.float32)
     try:
         assert run(tmp_path / "one", "--arms", "cf-rl,rl") == 0
     finally:
         torch.set_default_dtype(torch.float64)
-    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+    assert rows_of(tmp_path / "one") == rows_of(folder.parent / "two")

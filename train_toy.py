@@ -1,7 +1,7 @@
 """Teach a tiny GPT to add, with plain RL and with classifier-first RL, and compare the two. It needs no arguments.
 
-Each seed's starting policy comes from supervised fine-tuning. From it every arm trains on the same prompts, with the
-same number of samples and updates. At the end: two tables, curves, worked samples, and one sentence on who was faster
+Each seed's starting policy comes from supervised fine-tuning. From it every arm (a row of experiments/arms.py) trains
+with the same random numbers and the same number of samples and updates. At the end: two tables, curves, worked samples, and one sentence on who was faster
 and whether the matched control was too. With --out DIR the configuration, metrics, summary and policies are kept.
 """
 
@@ -47,7 +47,7 @@ def train_start(config, out, seed, bar):
 
 def train_arm(config, out, seed, arm, bar):
     """The one loop: sample, compare, gradient, step (minicfrl.train_rl), and look. Every arm of a seed starts from the
-    same policy and sees the same prompts."""
+    same policy with the same random numbers."""
     task, model = load_policy(config, out, "sft", seed)
     watch = Watch(config, out, seed, arm, task, model)
     bar.reset(total=config.rl_steps)

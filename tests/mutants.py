@@ -1,8 +1,8 @@
 """Break the code on purpose, one line at a time, and expect a test to fail: python tests/mutants.py [WORD ...]
 
 Each row: file, the line's text, what replaces it, and the test file that must turn red. A mutant that survives is a
-claim nobody checks; the exit code says whether any did. With WORDs only the rows that contain one of them are run. A
-full run writes the table of tests/README.md, and takes from it which test killed a row last time, to try that first.
+claim nobody checks; the exit code says whether any did. With WORDs only the rows that contain them all are run. What
+is found goes to the table of tests/README.md, which also says which test killed a row last time: that is tried first.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ MUTANTS = [
     ("model.py", "mask = torch.cat((mask, ~ended[:, None]), dim=1)", "mask = torch.cat((mask, token != end_token), dim=1)", "test_model"),
     ("model.py", "bias=False", "bias=True", "test_model"),
     ("model.py", "repeat_interleave(samples, dim=0) for x", "repeat(samples, 1, 1, 1) for x", "test_model"),
-    ("model.py", "0.1 / (2", "0.1 + torch.rand(()).item() / (2", "test_model"),
+    ("model.py", "0.1 / math.sqrt(2", "torch.rand(()).item() / math.sqrt(2", "test_model"),
     ("minicfrl.py", "span <= rounding", "span < 0", "test_advantages"),
     ("minicfrl.py", "advantages = rewards - rewards.mean(dim=1, keepdim=True)", "advantages = rewards - rewards.mean()", "test_advantages"),
     ("minicfrl.py", "correction=0", "correction=1", "test_advantages"),
@@ -62,7 +62,7 @@ MUTANTS = [
     ("experiments/measures.py", "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k", "test_measures"),
     ("experiments/measures.py", "probe_logits = model.classifier(features)", "probe_logits = batch.state_logits", "test_measures"),
     ("experiments/measures.py", "rollout(model, task, prompts, 1).rewards", "rollout(model, task, prompts, 1, generator).rewards", "test_measures"),
-    ("experiments/arms.py", "ARMS[arm](self))", "{})", "test_arms"),
+    ("experiments/arms.py", "**ARMS[arm].changes(self))", "**{})", "test_arms"),
     ("experiments/arms.py", "draws, rl = generator(seed, \"rl\")", "draws, rl = generator(seed, arm)", "test_arms"),
     ("experiments/arms.py", "zlib.crc32(f\"{purpose} {seed}\".encode())", "zlib.crc32(purpose.encode())", "test_arms"),
     ("experiments/tables.py", "elif control <= cf_rl + config.eval_every:", "elif control <= cf_rl:", "test_tables"),
@@ -120,7 +120,9 @@ MUTANTS = [
     ("experiments/measures.py", "moved_W.classifier = model.classifier", "moved_W = model", "test_measures"),
     ("experiments/measures.py", "cosines(features[kind] - features[kind].mean(dim=0))", "cosines(features[kind])", "test_measures"),
     ("experiments/measures.py", "* math.sqrt(now.gradient.size(1))", "", "test_measures"),
-    ("ntk.py", "cumsum(dim=1) == 1", "cumsum(dim=1) == 2", "test_cli"),
+    ("ntk.py", "cumsum(dim=1) == 1", "cumsum(dim=1) == 2", "test_one_update"),
+    ("experiments/measures.py", "probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)", "probe.state_mask & (probe.state_mask.cumsum(dim=1) == 2)", "test_measures"),
+    ("experiments/measures.py", "(batch.state_mask.cumsum(dim=1) == 1)[batch", "(batch.state_mask.cumsum(dim=1) == 2)[batch", "test_patterns"),
     ("experiments/measures.py", "cosine_similarity(by_W.gradient", "cosine_similarity(now.gradient", "test_measures"),
     ("experiments/arms.py", "imitated + record", "record", "test_arms"),
     ("experiments/arms.py", "mixture=mixture)", ")", "test_arms"),
@@ -131,7 +133,7 @@ MUTANTS = [
     ("experiments/measures.py", "kl_divergence(batch.state_logits, reference)", "kl_divergence(reference, batch.state_logits)", "test_patterns"),
     ("experiments/measures.py", "kl.sum().item() / len(answers)", "kl.mean().item()", "test_patterns"),
     ("experiments/arms.py", "logp.exp() * (logp", "reference.softmax(dim=-1) * (logp", "test_patterns"),
-    ("train_toy.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "pass", "test_cli"),
+    ("train_toy.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "pass", "test_runs"),
     ("experiments/measures.py", "!= reference.argmax(dim=1)", "!= reference.argmin(dim=1)", "test_patterns"),
     ("experiments/report.py", "values[here].mean()", "values[here].sum()", "test_measures"),
     ("experiments/report.py", "return shares * (values", "return (values", "test_patterns"),
@@ -153,13 +155,12 @@ MUTANTS = [
     ("minicfrl.py", "if self.samples == 1 and self.baseline", "if self.samples == 0 and self.baseline", "test_train"),
     ("minicfrl.py", "if count < 1:", "if count < 0:", "test_policy_gradient"),
     ("model.py", "token[ended] = end_token", "pass", "test_model"),
-    ("model.py", "ended = ended | (token[:, 0] == end_token)", "ended = token[:, 0] == end_token", "test_model"),
     ("model.py", "if not last.isfinite().all():", "if False:", "test_train"),
     ("model.py", "if T > 1:", "if T > 2:", "test_model"),
     ("model.py", "return self.norm(x)", "return x", "test_model"),
     ("model.py", "actions] += 1", "actions] += 2", "test_policy_gradient"),
     ("experiments/arms.py", "direction * moved.norm() / direction.norm()", "direction * moved.norm()", "test_arms"),
-    ("experiments/arms.py", "\"random-reward\": lambda config: {**PLAIN, \"reward\": coin_flips}", "\"random-reward\": lambda config: PLAIN", "test_arms"),
+    ("experiments/arms.py", "\"random-reward\": Arm(lambda config: {**plain(config), \"reward\": coin_flips})", "\"random-reward\": Arm(plain)", "test_arms"),
     ("experiments/arms.py", "batch.logp.masked_fill(~batch.mask[:, 1:], 0.0).sum(dim=1)", "batch.logp.sum(dim=1)", "test_patterns"),
     ("experiments/arms.py", "model = copy.deepcopy(start)\n", "model = start\n", "test_arms"),
     ("experiments/arms.py", "if imitated == config.rl_steps:", "if imitated:", "test_arms"),
@@ -296,8 +297,7 @@ def main(words):
             killers = dict(zip(chosen, pool.map(run, chosen), strict=True))
     survivors = [row for row, dead in killers.items() if dead is None]
     print(f"{len(killers)} mutants, {len(survivors)} survived")
-    if not words:
-        write_table(killers, known)
+    write_table(killers, known)
     return 1 if survivors else 0
 
 

@@ -1,8 +1,9 @@
 """Teach a tiny GPT to add, with plain RL and with classifier-first RL, and compare the two. It needs no arguments.
 
 Each seed's starting policy comes from supervised fine-tuning. From it every arm (a row of experiments/arms.py) trains
-with the same random numbers and the same number of samples and updates. At the end: two tables, curves, worked samples, and one sentence on who was faster
-and whether the matched control was too. With --out DIR the configuration, metrics, summary and policies are kept.
+with the same random numbers and the same number of samples and updates. At the end: two tables, curves, worked samples,
+and one sentence on who was faster and whether the matched control was too. With --out DIR the configuration, metrics,
+summary and policies are kept.
 """
 
 import argparse

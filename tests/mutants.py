@@ -309,7 +309,7 @@ def write_table(killers, known):
         dead = killers.get(row, known.get((file, old, new)))
         if not dead:
             continue
-        claim = re.sub(r"^test_", "", (dead or "").split("::")[-1]).replace("_", " ")
+        claim = re.sub(r"^test_", "", dead.split("::")[-1]).replace("_", " ")
         lines.append(f"| {claim} | `{file}`: `` {old} `` → `` {new} `` | `{dead}` |")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- mutants -->\n")
     _, _, after = rest.partition("<!-- end -->")

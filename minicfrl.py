@@ -124,7 +124,7 @@ class Addition:
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens -> text. ValueError naming a token that stands for no character (the end token, for one)."""
         for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < self.end_token:
+            if type(token) is not int or not 0 <= token < self.end_token:
                 raise ValueError(f"token {token!r} stands for no character")
         return self.tokenizer.decode(tokens)
 

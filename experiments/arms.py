@@ -5,6 +5,7 @@ An arm is one way to train the starting policy; an experiment runs some arms, fr
 
 import copy
 import itertools
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -157,6 +158,8 @@ class Config:
                 )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
+        if not 0 <= self.sgd_lr < math.inf:
+            raise ValueError(f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
         self.finetuning()  # this checks its arguments, and so do
         Addition(self.digits)
         for arm in self.arm_list:
@@ -170,6 +173,12 @@ class Config:
     def stage_ends(self):
         """The updates after which a stage of CF-RL is over; 0 is the start."""
         return 0, self.classifier_steps, self.rl_steps
+
+    def is_looked_at(self, arm, step):
+        """Is there a row of metrics about the policy after this update of an arm?"""
+        if arm == "sft" or step == 0:  # the start has one row, which is every arm's first
+            return arm == "sft" and step == 0
+        return step % self.eval_every == 0 or step in self.stage_ends
 
     def finetuning(self):
         """What makes the starting policy: SFTConfigs, one after the other."""

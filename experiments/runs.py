@@ -22,7 +22,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from tqdm import tqdm
@@ -76,20 +76,37 @@ def append_row(path, row):
         writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
-def read_rows(path):
-    """The rows of a csv file as dicts of floats, the arm's name aside. Damaged if one is not whole."""
+def damaged(path):
+    return Damaged(f"{path} is damaged: delete it, and the same command makes it again")
+
+
+def read_rows(config, out, arm, seed):
+    """The rows of a finished job as dicts of floats, the arm's name aside. Damaged if one is missing or not whole."""
+    path = rows_file(out, arm, seed)
+    expected = [(arm, seed, step) for step in range(config.rl_steps + 1) if config.is_looked_at(arm, step)]
     with open(path, newline="", encoding="utf-8") as file:
         try:
-            return [
+            rows = [
                 {k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)
             ]
-        except (ValueError, TypeError, csv.Error):
-            raise Damaged(f"{path} is damaged: delete it, and the same command makes it again") from None
+            complete = [(row["arm"], row["seed"], row["step"]) for row in rows] == expected
+            in_range = all(0 <= row[name] < 1000 for row in rows for name in NEVER_NAN)
+        except (ValueError, TypeError, KeyError, csv.Error):
+            raise damaged(path) from None
+    if not (complete and in_range):
+        raise damaged(path)
+    return rows
 
 
 def merge_rows(out):
-    """metrics.csv: the rows that the jobs wrote, each into a file of its own, in sorted order."""
-    parts = [part.read_text(encoding="utf-8").partition("\n") for part in sorted((out / "parts").glob("*.csv"))]
+    """metrics.csv: the whole rows that the jobs wrote, each into a file of its own, in sorted order."""
+    parts = []
+    for part in sorted((out / "parts").glob("*.csv")):
+        try:
+            text = part.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise damaged(part) from None
+        parts.append(text[: text.rfind("\n") + 1].partition("\n"))  # a full disk or a kill cuts the last row
     headers = {header for header, _, _ in parts if header}
     if len(headers) > 1:
         raise Damaged(f"{out / 'parts'} holds rows of different columns, of another version: choose another --out")
@@ -98,12 +115,19 @@ def merge_rows(out):
 
 
 def read_config(out):
-    """The record in DIR/config.json. ValueError if that is something else."""
+    """The record in DIR/config.json. ValueError if that is something else, or of another version of the code."""
+    file, known = out / "config.json", {f.name for f in fields(Config)}
     try:
-        record = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        return record, Config(**record["config"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{out / 'config.json'} is not the record of a run: choose another --out") from None
+        record = json.loads(file.read_text(encoding="utf-8"))
+        names = set(record["config"])
+        odd = sorted(names ^ known)
+        config = Config(**{name: record["config"][name] for name in names & known})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{file} is not the record of a run: choose another --out") from None
+    if odd:
+        verb = "has" if odd[0] in names else "lacks"
+        raise ValueError(f"{file} is of another version, for it {verb} {odd[0]!r}: choose another --out")
+    return record, config
 
 
 def open_out(out, config):
@@ -114,15 +138,18 @@ def open_out(out, config):
     record = {"config": asdict(config), **finetuning, "versions": versions}
     record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
     out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
+    if {path.name for path in out.iterdir()} <= {"config.json.part"}:  # which a kill may leave
         write_text(out / "config.json", json.dumps(record, indent=2) + "\n")
     elif not (out / "config.json").exists():
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     old, _ = read_config(out)
-    for part in record:
-        for name, value in record[part].items():
-            if (was := (old.get(part) or {}).get(name)) != value:
-                raise ValueError(f"{out} holds a run with {name} {was!r}, not {value!r}: choose another --out")
+    for part, values in record.items():
+        was = old.get(part)
+        if not isinstance(was, dict) or was.keys() != values.keys():
+            raise ValueError(f"{out / 'config.json'} is of another version, by its {part!r}: choose another --out")
+        for name, value in values.items():
+            if was[name] != value:
+                raise ValueError(f"{out} holds a run with {name} {was[name]!r}, not {value!r}: choose another --out")
     (out / "parts").mkdir(exist_ok=True)
 
 
@@ -179,7 +206,7 @@ class Watch:
         seen = {"tokens": 0} | record | microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
         self.so_far = {name: value + seen[name] for name, value in self.so_far.items()}
         self.before.load_state_dict(self.model.state_dict())
-        if step % self.config.eval_every == 0 or step in self.config.stage_ends:
+        if self.config.is_looked_at(self.arm, step):
             with naming_the_step(step):
                 self.write_row(seen | self.so_far)
         self.clock = time.perf_counter()
@@ -205,6 +232,8 @@ SO_FAR = {"tokens": 0} | {
     for measure in ("entropy", "confidence")
     for part in ("change", "by_W", "by_body", "residual")
 }
+# In every row: probabilities, and an entropy of a few tokens.
+NEVER_NAN = ("accuracy", "entropy", "confidence", *(f"share_{pattern}" for pattern in Addition.patterns))
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs

@@ -8,7 +8,7 @@ import statistics
 import textwrap
 
 from experiments.measures import KERNEL
-from experiments.runs import policy_file, read_rows, rows_file
+from experiments.runs import policy_file, read_rows
 from minicfrl import Addition
 
 # -------------------------------------------------------------------------------------------------------------- summary
@@ -26,7 +26,7 @@ def summarise(config, out):
     for arm in ("sft", *config.arm_list):
         seeds = [seed for seed, _ in config.jobs(arm) if policy_file(out, arm, seed).exists()]
         runs = [
-            [row for name in dict.fromkeys(("sft", arm)) for row in read_rows(rows_file(out, name, seed))]
+            [row for name in dict.fromkeys(("sft", arm)) for row in read_rows(config, out, name, seed)]
             for seed in seeds
         ]
         if runs:

@@ -18,7 +18,8 @@ settings.register_profile(
     print_blob=True,
     phases=(Phase.explicit, Phase.generate),  # shrinking a random seed teaches nothing
 )
-settings.register_profile("soak", max_examples=1000, deadline=None)
+# Fresh examples on every run, even where hypothesis takes the machine for a CI's; a failure says how to repeat it.
+settings.register_profile("soak", max_examples=1000, deadline=None, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 

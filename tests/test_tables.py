@@ -8,7 +8,9 @@ import torch
 from experiments import tables
 from experiments.arms import Config
 from experiments.measures import KERNEL
-from experiments.runs import append_row, policy_file, rows_file
+from experiments.runs import NEVER_NAN, append_row, policy_file, rows_file
+
+ENDS = ("classifier_norm", "feature_change", *KERNEL)
 
 
 def test_intervals_are_student_s_and_differences_are_paired_by_seed():
@@ -62,7 +64,7 @@ def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
             policy_file(tmp_path, arm, seed).write_bytes(b"")
             for step in [0] if arm == "sft" else [4, 8]:
                 measured = {name for _, name, _ in tables.PAIRED if name != "accuracy_over_the_run"}
-                row = dict.fromkeys((*tables.CURVES, *measured, "classifier_norm", "feature_change", *KERNEL), number)
+                row = dict.fromkeys((*tables.CURVES, *NEVER_NAN, *measured, *ENDS), number)
                 row |= {name: math.nan for name in ("best_of_64", "kernel_R") if step == 4}
                 row = {name: value + 10 * step for name, value in row.items()}
                 append_row(rows_file(tmp_path, arm, seed), {**row, "arm": arm, "seed": seed, "step": step})
@@ -83,20 +85,20 @@ def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):
     """Made-up rows: seed 0 crosses 0.9 at update 8, exactly; seed 1 stopped early."""
-    config = Config(seeds=2, arms="rl,cf-rl", classifier_steps=5)
+    config = Config(seeds=2, arms="rl,cf-rl", rl_steps=12, classifier_steps=5)
     (tmp_path / "parts").mkdir()
-    for arm, steps in (("sft", [0]), ("rl", [4, 8, 12]), ("cf-rl", [4, 8, 12])):
+    for arm, steps in (("sft", [0]), ("rl", [4, 5, 8, 12]), ("cf-rl", [4, 5, 8, 12])):
         policy_file(tmp_path, arm, 0).write_bytes(b"")
         for step in steps:
-            row = dict.fromkeys((*tables.CURVES, "classifier_norm", "feature_change", *KERNEL), 0.5)
+            row = dict.fromkeys((*tables.CURVES, *NEVER_NAN, *ENDS), 0.5)
             row |= {"arm": arm, "seed": 0, "step": step, "accuracy": [0.1, 0.5, 0.9, 0.95][step // 4]}
             append_row(rows_file(tmp_path, arm, 0), row)
     summary = tables.summarise(config, tmp_path)
     assert summary["rl"]["updates_to_threshold"] == [8, None]
-    assert summary["rl"]["accuracy"] == [0.95] and summary["rl"]["curves"]["step"] == [[0, 4, 8, 12]]
+    assert summary["rl"]["accuracy"] == [0.95] and summary["rl"]["curves"]["step"] == [[0, 4, 5, 8, 12]]
     assert summary["rl"]["full_updates_to_threshold"] == [8, None]
     assert summary["cf-rl"]["full_updates_to_threshold"] == [3, None]  # stage 1 for free
-    assert summary["rl"]["accuracy_over_the_run"] == [pytest.approx((0.5 + 0.9 + 0.95) / 3)]
+    assert summary["rl"]["accuracy_over_the_run"] == [pytest.approx((0.5 + 0.5 + 0.9 + 0.95) / 4)]
 
 
 def test_the_verdict_says_what_the_numbers_say():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import DEFAULT_ARMS, refused, run
+from tiny_runs import DEFAULT_ARMS, refused, rows_of, run
 
 import train_toy
 from experiments import runs, tables
@@ -29,11 +29,14 @@ def test_asking_trains_nothing(finished, capsys, tmp_path):
     assert train_toy.main(question) == 0 and capsys.readouterr().out.count("\n") == 1
 
 
-def test_plot_draws_a_picture(finished, tmp_path):
+def test_plot_draws_a_picture_and_changes_no_metric(finished, tmp_path):
+    """Of an arm that is trained in the same run."""
     pytest.importorskip("matplotlib")
-    shutil.copytree(finished, tmp_path / "plot")
-    assert run(tmp_path / "plot", "--plot") == 0
-    assert (tmp_path / "plot" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plot = shutil.copytree(finished, tmp_path / "plot")
+    (plot / "cf-rl-seed0.pt").unlink()
+    assert run(plot, "--plot") == 0
+    assert (plot / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert rows_of(plot) == rows_of(finished)
 
 
 def widest(capsys):

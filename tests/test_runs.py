@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,6 +81,74 @@ def test_results_are_never_overwritten(capsys, finished, tmp_path):
     for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": "rl", "seed": "x"}}'):
         (tmp_path / "odd" / "config.json").write_text(damaged, encoding="utf-8")
         assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda record: record["config"].pop("tilt"), "of another version, for it lacks 'tilt'"),
+        (lambda record: record["config"].update(gamma=0.9), "of another version, for it has 'gamma'"),
+        (lambda record: record["sft"].pop("noise"), "of another version, by its 'sft'"),
+        (lambda record: record["sft"].update(warmup=20), "of another version, by its 'sft'"),
+        (lambda record: record.pop("versions"), "of another version, by its 'versions'"),
+        (lambda record: record["versions"].update(torch="0.4"), "holds a run with torch '0.4', not "),
+    ],
+)
+def test_a_run_of_another_version_of_the_code_is_not_continued(finished, capsys, tmp_path, damage, complaint):
+    record = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    damage(record)
+    text = json.dumps(record)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    message = refused(capsys, *TINY, "--out", str(tmp_path))
+    assert complaint in message and message.endswith(": choose another --out\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == text
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Root may write anywhere; so for a while it is not root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_folder_that_cannot_be_written_to_is_refused_and_still_answers(finished, capsys):
+    """A finished run, and a new folder within it."""
+    with tempfile.TemporaryDirectory() as readable:  # tmp_path is only its owner's
+        os.chmod(readable, 0o755)
+        out = shutil.copytree(finished, Path(readable) / "run")
+        (out / "metrics.csv").unlink()
+        before = sorted(out.rglob("*"))
+        out.chmod(0o555)
+        with as_nobody():
+            for folder in (out, out / "new"):
+                assert f"Permission denied: '{folder}" in refused(capsys, *TINY, "--out", str(folder))
+            assert train_toy.main(["--out", str(out), "--ask", "4+8="]) == 0
+        out.chmod(0o755)
+        assert sorted(out.rglob("*")) == before
+
+
+def test_a_kill_before_the_record_was_written_leaves_a_folder_that_can_be_used(tmp_path):
+    (tmp_path / "config.json.part").write_text('{"config', encoding="utf-8")
+    runs.open_out(tmp_path, Config())
+    assert runs.read_config(tmp_path)[1] == Config() and not (tmp_path / "config.json.part").exists()
+
+
+def test_a_half_written_row_is_no_part_of_the_metrics(copied):
+    """As a kill or a full disk cuts it, in the file of an arm that is not the last."""
+    part = copied / "parts" / "cf-rl-seed0.csv"
+    whole = (copied / "metrics.csv").read_text(encoding="utf-8")
+    with open(part, "a", encoding="utf-8") as file:
+        file.write("cf-rl,0,6,")
+    (copied / "parts" / "a-seed0.csv").write_text("arm,se", encoding="utf-8")
+    runs.merge_rows(copied)
+    assert (copied / "metrics.csv").read_text(encoding="utf-8") == whole
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):

@@ -105,7 +105,7 @@ class Watch(TrainerCallback):
         return [tuple(not same(*halves) for halves in zip(old, new, strict=True)) for old, new in updates]
 
 
-def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), **changes):
+def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), callbacks=(), **changes):
     watch = Watch()
     trainer = GRPOTrainer(
         model,
@@ -113,7 +113,7 @@ def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), 
         args=config(out, **changes),
         train_dataset=prompts(),
         processing_class=character_tokenizer(ALPHABET, END),
-        callbacks=[ClassifierFirst(k, freeze), watch],
+        callbacks=[ClassifierFirst(k, freeze), watch, *callbacks],
         optimizers=optimizers,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -166,6 +166,40 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
         resumed = run(model, "resumed", resume=checkpoint)
         assert all(same(*pair) for pair in zip(resumed.seen[-1], whole.seen[-1], strict=True))
         assert resumed.moved() == STAGES[step:]
+
+
+class Cut(TrainerCallback):
+    """Ends the run within an update, gradients in hand; nothing is tidied up."""
+
+    class Short(Exception):
+        pass
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.Short
+
+
+def test_a_run_cut_short_in_stage_1_and_again_in_stage_2_ends_with_the_same_bits(tmp_path):
+    """Within its second update, then within its fourth, each time with a new model and trainer, from the last of its
+    own checkpoints; and with one for every other update, so that the start of stage 2 is done twice."""
+
+    def run(out, **changes):
+        model = tiny("gpt2")
+        optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
+        return trained(model, tmp_path / out, optimizers=optimizers, save_strategy="steps", **changes)
+
+    whole = run("whole", save_steps=5)
+    for every in (1, 2):
+        out = f"every-{every}"
+        for step, resume in ((1, None), (3, None if every > 1 else True)):
+            with pytest.raises(Cut.Short):
+                run(out, save_steps=every, resume=resume, callbacks=[Cut(step)])
+        resumed = run(out, save_steps=every, resume=True)
+        assert resumed.moved() == STAGES[3 if every == 1 else 2 :]
+        assert all(same(*pair) for pair in zip(resumed.seen[-1], whole.seen[-1], strict=True))
 
 
 def test_the_classifier_can_have_its_own_learning_rate(tmp_path):

@@ -83,7 +83,7 @@ def damaged(path):
 def read_rows(config, out, arm, seed):
     """The rows of a finished job as dicts of floats, the arm's name aside. Damaged if one is missing or not whole."""
     path = rows_file(out, arm, seed)
-    expected = [(arm, seed, step) for step in range(config.rl_steps + 1) if config.is_looked_at(arm, step)]
+    expected = [(arm, float(seed), step) for step in range(config.rl_steps + 1) if config.is_looked_at(arm, step)]
     with open(path, newline="", encoding="utf-8") as file:
         try:
             rows = [
@@ -232,7 +232,7 @@ SO_FAR = {"tokens": 0} | {
     for measure in ("entropy", "confidence")
     for part in ("change", "by_W", "by_body", "residual")
 }
-# In every row: probabilities, and an entropy of a few tokens.
+# In every row a number: probabilities, and an entropy per token.
 NEVER_NAN = ("accuracy", "entropy", "confidence", *(f"share_{pattern}" for pattern in Addition.patterns))
 
 

@@ -284,6 +284,14 @@ def test_rows_that_are_damaged_or_of_another_version_end_in_one_sentence(copied,
     assert run(copied) == 0
 
 
+def test_rows_of_a_seed_that_no_float_can_hold_are_whole(tmp_path):
+    seed = 2**53 + 1
+    row = dict.fromkeys(runs.NEVER_NAN, 0.5) | {"arm": "sft", "seed": seed, "step": 0}
+    (tmp_path / "parts").mkdir()
+    runs.append_row(runs.rows_file(tmp_path, "sft", seed), row)
+    assert len(runs.read_rows(Config(seed=seed), tmp_path, "sft", seed)) == 1
+
+
 def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_file(copied, capsys, monkeypatch):
     """Where the policy of the one missing arm is written."""
     (copied / "rl-seed0.pt").unlink()

@@ -14,12 +14,12 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import sys
 import textwrap
 import threading
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
@@ -180,9 +180,14 @@ def load_policy(config, out, arm, seed):
     """The task and a saved policy. Damaged if the file is damaged or holds something else."""
     task, file = Addition(config.digits), policy_file(out, arm, seed)
     model = GPT(GPTConfig(task.vocab_size, task.block_size))
+    content = file.read_bytes()
     try:
-        model.load_state_dict(torch.load(file, weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError):
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError("a checksum is wrong")  # which torch.load does not notice
+        model.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+    except MemoryError:
+        raise
+    except Exception:  # of many kinds: what a reader makes of a damaged file
         raise Damaged(f"{file} is no policy of this run: delete it, and the same command makes it again") from None
     return task, model
 
@@ -259,6 +264,19 @@ def end_with_parent():
 
 
 @contextlib.contextmanager
+def no_ctrl_c_for_new_processes():
+    """A process started within never sees one: importing, it would answer with a traceback. This one sees it after."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def job_runner(workers):
     """A function that does a list of jobs, each the arguments of `job`, and returns their complaints.
 
@@ -272,7 +290,6 @@ def job_runner(workers):
     for slot in range(workers):
         slots.put(slot)
     with ProcessPoolExecutor(workers, context, start_worker, (lock, slots)) as pool:
-        pool.submit(os.getpid)  # starts them all
 
         def run_jobs(jobs):
             if len(jobs) == 1:  # here, while the workers are still importing
@@ -283,6 +300,8 @@ def job_runner(workers):
             return [complaint for future in futures if (complaint := future.result())]
 
         try:
+            with no_ctrl_c_for_new_processes():
+                pool.submit(os.getpid)  # starts them all
             yield run_jobs
         except BaseException:  # Ctrl-C above all: do not wait for what the workers are at
             for process in multiprocessing.active_children():

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_runs import TINY
@@ -251,6 +252,17 @@ def test_a_record_with_another_value_anywhere_is_refused_in_one_sentence(data, v
             assert isinstance(runs.read_config(out)[1], Config)
         code, _, errors = outcome([*TINY, "--out", "finished"])
         assert same or (code == 2 and one_sentence(errors, out / "x") and files(out) == before)
+
+
+@given(damage=damages())
+@example(damage=lambda content: content[:9999] + bytes([content[9999] ^ 1]) + content[10_000:])  # a bit of a weight
+def test_a_damaged_policy_has_the_same_weights_or_is_refused(damage, place):
+    out = place / "finished"
+    config, file = runs.read_config(out)[1], runs.policy_file(out, "rl", 0)
+    weights = runs.load_policy(config, out, "rl", 0)[1].state_dict()
+    with replaced(file, damage(file.read_bytes())), contextlib.suppress(runs.Damaged):
+        for name, weight in runs.load_policy(config, out, "rl", 0)[1].state_dict().items():
+            assert torch.equal(weight, weights[name])
 
 
 @given(damage=damages(), arm=st.sampled_from(["sft", "rl", "cf-rl"]))

@@ -6,26 +6,25 @@ and one sentence on who was faster and whether the matched control was too. With
 summary and policies are kept.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import signal
 import sys
 import tempfile
 import textwrap
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, train_as
+from experiments.flags import add_flag, config_of, make_parser
+from experiments.order import print_map
 from experiments.runs import Damaged, Watch, load_policy, open_out, owned, policy_file, read_config, run, write_text
 from experiments.tables import print_tables, summarise, verdict
 from minicfrl import Addition, rollout, supervised_finetune
-from model import GPT, GPTConfig, check_counts
+from model import GPT, check_counts
 
 # ------------------------------------------------------------------------------------------------------------ the story
 
@@ -33,7 +32,7 @@ from model import GPT, GPTConfig, check_counts
 def train_start(config, out, seed, bar):
     """The policy that every arm starts from: a GPT that has imitated demonstrations. It adds, but not well."""
     task = Addition(config.digits)
-    model = GPT(GPTConfig(task.vocab_size, task.block_size), generator(seed, "init"))
+    model = GPT(config.architecture(task), generator(seed, "init"))
     stages = config.finetuning()
     bar.reset(total=sum(stage.steps for stage in stages.values()))
     clock = time.perf_counter()
@@ -84,6 +83,8 @@ def report(args, config, out):
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     if args.ask is not None:
         show_answers(config, out, [args.ask])
+    elif config.cells:
+        print_map(config, summary)
     elif summary:
         print_tables(config, summary)
         print("\nHeld-out sums: the most likely response, judged by the verifier")
@@ -99,30 +100,17 @@ def report(args, config, out):
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def make_parser():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train_toy.py", description=__doc__, formatter_class=form, allow_abbrev=False)
-
-    def add(name, text, **kwargs):
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kwargs)
-
-    for f in fields(Config):
-        text = f"{f.metadata['help']} (default {f.default})"
-        add(f.name, text, type=type(f.default), default=f.default, metavar="X")
-    workers = min(2, os.cpu_count() or 1)
-    add("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
-    add("experiment", f"other defaults: {', '.join(EXPERIMENTS)} (README)", choices=EXPERIMENTS, metavar="NAME")
+def parser_of_flags():
+    parser = make_parser("train_toy.py", __doc__, Config)
+    text = f"other defaults: {', '.join(EXPERIMENTS)} (README)"
+    add_flag(parser, "experiment", text, choices=EXPERIMENTS, metavar="NAME")
     quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
-    add("quick", f"about 15 seconds, too short to learn much: other defaults ({quick})", action="store_true")
-    add("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
-    add("plot", "also draw the curves, the kernel and one update into DIR (takes matplotlib)", action="store_true")
+    text = f"about 15 seconds, too short to learn much: other defaults ({quick})"
+    add_flag(parser, "quick", text, action="store_true")
+    text = "also draw the curves, the kernel and one update into DIR (takes matplotlib)"
+    add_flag(parser, "plot", text, action="store_true")
     text = "let the policies answer; if --out has a run, nothing is trained and no other flag counts"
-    add("ask", text, metavar="47+85=")
+    add_flag(parser, "ask", text, metavar="47+85=")
     return parser
 
 
@@ -133,7 +121,7 @@ def asking_a_saved_run(args):
 def prepare(args, stack):
     """Arguments -> (Config, folder for the results). Whatever is wrong raises ValueError or OSError before any work."""
     check_counts(workers=args.workers)
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    config = config_of(args, Config)
     if args.plot and args.out is None:
         raise ValueError("--plot needs --out DIR to draw in")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -160,7 +148,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: else the workers would outlive it
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
+    parser = parser_of_flags()
     args = parser.parse_args(argv)
     parser.set_defaults(**{**EXPERIMENTS.get(args.experiment, {}), **(QUICK if args.quick else {})})
     args = parser.parse_args(argv)

@@ -6,6 +6,7 @@ An arm is one way to train the starting policy; an experiment runs some arms, fr
 import copy
 import itertools
 import math
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from minicfrl import Addition, RLConfig, SFTConfig, supervised_finetune, train_rl
-from model import GPT, check_counts
+from model import GPT, GPTConfig, check_counts
 
+MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
 SAMPLES = 8  # per held-out prompt, in every evaluation
 
 
@@ -97,9 +99,31 @@ ARMS = {
     "lp-ft": Arm(imitate=in_place_of_rl),
 }
 
+
+def arm_named(name) -> Arm:
+    """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them.
+
+    ValueError for any other name."""
+    cell = re.fullmatch(r"(cf-rl|rl-classifier-lr)-([0-9]+)x([0-9.e-]+)", name)
+    if not cell and name not in ARMS:
+        raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
+    if not cell:
+        return ARMS[name]
+    arm, length, multiple = ARMS[cell[1]], int(cell[2]), float(cell[3])
+    return replace(
+        arm,
+        changes=lambda config: {
+            **arm.changes(config),
+            "classifier_steps": length,
+            "classifier_lr": multiple * config.lr,
+        },
+    )
+
+
 CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
+MAP = dict(seeds=10, arms="rl", measures="accuracy", stage_lengths="2,4,8,16,32", rate_multiples="1,5,20,40")
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
     "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
@@ -111,6 +135,8 @@ EXPERIMENTS = {
     "regime-2": FIVE | dict(arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
     "rlif": FIVE | dict(arms="self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
     "kl": FIVE | UNTAUGHT | dict(arms="rl,kl-0.3,kl-1", rl_steps=160, eval_every=8),
+    "order": MAP,
+    "order-learning": MAP | UNTAUGHT,
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 
@@ -141,9 +167,14 @@ class Config:
     seed: int = option(0, "the first seed")
     seeds: int = option(1, "how many seeds, counted up from --seed")
     arms: str = option("rl,cf-rl,rl-classifier-lr", f"arms, by commas, of {', '.join(ARMS)}")
+    stage_lengths: str = option("", "a map: cf-rl and its control for each of these lengths of stage 1, as 2,4,8")
+    rate_multiples: str = option("", "and for each of these classifier rates in stage 1, in multiples of --lr, as 1,5")
     eval_every: int = option(4, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(64, f"held-out prompts of an evaluation, {SAMPLES} samples each")
     final_prompts: int = option(256, "held-out prompts of the first and of the last evaluation")
+    measures: str = option("all", f"what is measured: {', '.join(MEASURED)}")
+    layers: int = option(GPTConfig.n_layer, "blocks of the policy")
+    width: int = option(GPTConfig.n_embd, "features of the policy")
     threshold: float = option(0.9, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
 
     def __post_init__(self):
@@ -151,23 +182,46 @@ class Config:
         check_counts(**{name: getattr(self, name) for name in counts})
         if type(self.seed) is not int:
             raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+        if bool(self.stage_lengths) != bool(self.rate_multiples):
+            grid = f"stage_lengths={self.stage_lengths!r} and rate_multiples={self.rate_multiples!r}"
+            raise ValueError(f"{grid}: a map takes both")
         for arm in self.arm_list:
-            if arm not in ARMS or self.arm_list.count(arm) > 1:
-                raise ValueError(
-                    f"arm {arm!r} is " + ("there twice" if arm in ARMS else f"not one of {', '.join(ARMS)}")
-                )
+            arm_named(arm)
+            if self.arm_list.count(arm) > 1:
+                raise ValueError(f"arm {arm!r} is there twice")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
         if not 0 <= self.sgd_lr < math.inf:
             raise ValueError(f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
-        self.finetuning()  # this checks its arguments, and so do
-        Addition(self.digits)
+        if self.measures not in MEASURED:
+            raise ValueError(f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
+        self.architecture(Addition(self.digits))
+        self.finetuning()  # this checks its arguments, and so does each arm
         for arm in self.arm_list:
             self.rl(arm)
 
+    def grid(self, name, kind):
+        """The numbers of a list that a flag gives; none for an empty one."""
+        text = getattr(self, name)
+        try:
+            values = [kind(number) for number in text.split(",")] if text else []
+        except ValueError:
+            raise ValueError(f"{name} must be numbers by commas, such as 2,4,8, not {text!r}") from None
+        if not all(0 < value < math.inf for value in values):
+            raise ValueError(f"{name} must be positive, not {text!r}")
+        return values
+
+    @property
+    def cells(self):
+        """Of the map, if there is one: (length of stage 1, multiple of --lr). At length rl_steps nothing ever changes
+        back: that is plain RL with two constant rates."""
+        return list(itertools.product(self.grid("stage_lengths", int), self.grid("rate_multiples", float)))
+
     @property
     def arm_list(self):
-        return self.arms.split(",")
+        constant = [(self.rl_steps, multiple) for multiple in self.grid("rate_multiples", float)]
+        arms = {"cf-rl": self.cells, "rl-classifier-lr": self.cells + constant}
+        return self.arms.split(",") + [f"{arm}-{k}x{multiple:g}" for arm in arms for k, multiple in arms[arm]]
 
     @property
     def stage_ends(self):
@@ -179,6 +233,10 @@ class Config:
         if arm == "sft" or step == 0:  # the start has one row, which is every arm's first
             return arm == "sft" and step == 0
         return step % self.eval_every == 0 or step in self.stage_ends
+
+    def architecture(self, task):
+        """Sizes of the policy."""
+        return GPTConfig(task.vocab_size, task.block_size, self.layers, n_embd=self.width)
 
     def finetuning(self):
         """What makes the starting policy: SFTConfigs, one after the other."""
@@ -194,7 +252,7 @@ class Config:
     def rl(self, arm) -> RLConfig:
         """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
         flags = {f.name: getattr(self, f.name) for f in fields(RLConfig) if hasattr(self, f.name)}
-        return replace(RLConfig(steps=self.rl_steps, **flags), **ARMS[arm].changes(self))
+        return replace(RLConfig(steps=self.rl_steps, **flags), **arm_named(arm).changes(self))
 
     def jobs(self, *arms):
         return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
@@ -202,7 +260,7 @@ class Config:
 
 def generator(seed, purpose):
     """A stream of random numbers of its own for each seed and purpose."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+    return torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -219,13 +277,13 @@ def after_stage_1(config, seed, task, start: GPT) -> GPT:
 def train_as(arm, config, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
     draws, rl = generator(seed, "rl"), config.rl(arm)
-    imitated = ARMS[arm].imitate(config)
+    imitated = arm_named(arm).imitate(config)
     if imitated:
         sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
         yield from supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws)
     if imitated == config.rl_steps:
         return
-    if ARMS[arm].nudge:
+    if arm_named(arm).nudge:
         direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
         with torch.no_grad():
             moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight

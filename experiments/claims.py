@@ -1,11 +1,15 @@
-"""What the two papers claim, and what came of it: rows of data. The verdict is ours; the evidence is read off the runs.
+"""What the two papers claim, and what came of it: rows of data. Verdict and evidence are both read off the runs.
 
-A new claim is one more row of FIRST_PAPER or SECOND_PAPER: claim, verdict, Evidence -> text, and its experiment.
+A new claim is one more row of FIRST_PAPER or SECOND_PAPER: claim, Evidence -> verdict, Evidence -> text, experiment.
+Every verdict is experiments.verdicts.judge of paired differences; a row only says in which words.
 """
 
 import statistics
 
-from experiments.tables import at, over_seeds
+from experiments.tables import RUN, at, over_seeds, paired
+from experiments.verdicts import MARGIN, judge
+
+CONTROL = "rl-classifier-lr"
 
 
 class Evidence:
@@ -17,18 +21,45 @@ class Evidence:
     def at(self, experiment):
         return Evidence(self.results, experiment)
 
+    def says(self, differences, more="yes", less="no, the reverse", equal="", margin=MARGIN):
+        """The verdict on paired differences in the words of a claim; of a tie and of doubt it says so."""
+        equal = equal or f"no difference (within {margin:g})"
+        words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {len(differences)} seeds")
+        return words[judge(differences, margin)]
+
+    def values(self, arm, name):
+        return self.summary[arm][name]
+
     def of(self, arm, name, form=".2f"):
         """A measure at the end of an arm."""
-        return over_seeds(self.summary[arm][name], form)
+        return over_seeds(self.values(arm, name), form)
 
-    def minus(self, arm, base, name, form="+.2f"):
+    def gap(self, arm, base, name=RUN):
         """The same, less that of another arm, seed by seed."""
-        return over_seeds([x - y for x, y in zip(self.summary[arm][name], self.summary[base][name], strict=True)], form)
+        return paired(self.summary, arm, base, name)
+
+    def minus(self, arm, base, name=RUN, form="+.2f"):
+        return over_seeds(self.gap(arm, base, name), form)
 
     def through_W(self, arm):
         """How much of the rise of top-1 on fixed states the moves of W explain, as a ratio of means."""
-        part, whole = (statistics.fmean(self.summary[arm][f"confidence_{name}"]) for name in ("by_W", "change"))
+        part, whole = (statistics.fmean(self.values(arm, f"confidence_{name}")) for name in ("by_W", "change"))
         return f"{part / whole:.0%}"
+
+    def mostly_through_W(self, *arms):
+        """Is W's part more than half of it? The arms, sorted by the answer."""
+        answers = {}
+        for arm in arms:
+            parts = zip(self.values(arm, "confidence_by_W"), self.values(arm, "confidence_change"), strict=True)
+            answer = self.says([part - whole / 2 for part, whole in parts], "mostly so", "less than half", margin=0.0)
+            answers.setdefault(answer, []).append(arm)
+        return "; ".join(f"{answer}: {', '.join(group)}" for answer, group in answers.items())
+
+    def faster(self, arm, base="rl"):
+        return self.says(self.gap(arm, base), "faster", "slower", f"as fast (within {MARGIN:g})")
+
+    def ends(self, arm):
+        return self.says(self.gap(arm, "rl", "accuracy"), "better", "worse")
 
     def after_stage_1(self, arm, name):
         return over_seeds(at(self.summary, arm, name, self.config.classifier_steps), ".2f")
@@ -37,24 +68,53 @@ class Evidence:
         """What accuracy gained by the patterns' shares, and by their success (E11)."""
         return " and ".join(self.of(arm, f"gain_by_{cause}", "+.2f") for cause in ("shares", "success"))
 
+    def selects(self, arm):
+        shares, success = (self.values(arm, f"gain_by_{cause}") for cause in ("shares", "success"))
+        gaps = [x - y for x, y in zip(shares, success, strict=True)]
+        return self.says(gaps, "mostly", "no, mostly by success", "half of the gain")
+
     def gain(self, arm, first, last):
-        """The change of accuracy between two updates."""
+        """The change of accuracy between two updates, seed by seed."""
         before, after = (at(self.summary, arm, "accuracy", step, "curves") for step in (first, last))
-        return over_seeds([y - x for x, y in zip(before, after, strict=True)], "+.2f")
+        return [y - x for x, y in zip(before, after, strict=True)]
+
+    def grown_G(self, arm):
+        """By how much stage 1 multiplies the norm of G through W, less 1."""
+        return more_than(1, at(self.summary, arm, "kernel_G_by_W", self.config.classifier_steps))
+
+    def stage_2_lead(self):
+        """What stage 2 gains, less what as many updates of plain RL gain from the start."""
+        end, last = self.config.classifier_steps, self.config.rl_steps
+        return [x - y for x, y in zip(self.gain("cf-rl", end, last), self.gain("rl", 0, last - end), strict=True)]
+
+    def rise_and_fall(self, arm):
+        """From the start to the highest accuracy, and from there down to the last."""
+        top, curves = self.highest(arm), self.summary[arm]["curves"]["accuracy"]
+        return [[best - curve[end] for best, curve in zip(top, curves, strict=True)] for end in (0, -1)]
 
     def highest(self, arm):
-        return over_seeds([max(curve) for curve in self.summary[arm]["curves"]["accuracy"]], ".2f")
+        return [max(curve) for curve in self.summary[arm]["curves"]["accuracy"]]
 
-    def dip(self, arm):
-        """How far the share of S ever falls, the start being 1, as a mean."""
-        return f"{statistics.fmean(min(curve) / curve[0] for curve in self.summary[arm]['curves']['share_S']):.2f}"
+    def lowest_share(self, arm):
+        """The least that the share of S ever was, the start being 1, seed by seed."""
+        return [min(curve) / curve[0] for curve in self.summary[arm]["curves"]["share_S"]]
 
 
-RUN = "accuracy_over_the_run"
+def mean(values):
+    return over_seeds(values, ".2f")
+
+
+def more_than(bound, values):
+    return [value - bound for value in values]
+
+
 FIRST_PAPER = (
     (
         "RL makes a policy more confident",
-        "yes, by the reward: with coin flips in its place SGD moves nothing (Adam wrecks the policy)",
+        lambda e: (
+            f"{e.says(e.gap('rl', 'sft', 'confidence'))}; with coin flips for rewards SGD: "
+            f"{e.says(e.gap('random-reward-sgd', 'sft', 'confidence'), 'too')}"
+        ),
         lambda e: (
             f"top-1 {e.of('sft', 'confidence')} → {e.of('rl', 'confidence')}; coin flips, SGD "
             f"{e.minus('random-reward-sgd', 'sft', 'confidence')}; Adam: accuracy {e.of('random-reward', 'accuracy')}"
@@ -63,7 +123,7 @@ FIRST_PAPER = (
     ),
     (
         "RL makes a policy less diverse",
-        "yes",
+        lambda e: e.says(e.gap("sft", "rl", "different_answers"), margin=0.0),
         lambda e: (
             f"different answers among 64 samples {e.of('sft', 'different_answers', '.0f')} → "
             f"{e.of('rl', 'different_answers', '.0f')}"
@@ -72,7 +132,10 @@ FIRST_PAPER = (
     ),
     (
         "features are alike, their inner products positive",
-        "at the ends of prompts, not within responses",
+        lambda e: (
+            f"at the ends of prompts {e.says(more_than(0.9, e.values('sft', 'positive_prompt')), less='no')}, within "
+            f"responses {e.says(more_than(0.9, e.values('sft', 'positive_continuation')), less='no')} (9 in 10 are)"
+        ),
         lambda e: (
             f"mean cosine {e.of('sft', 'cosine_prompt')}, within {e.of('sft', 'cosine_continuation')}; share of "
             f"positive ones {e.of('sft', 'positive_prompt', '.0%')}, {e.of('sft', 'positive_continuation', '.0%')}"
@@ -81,7 +144,7 @@ FIRST_PAPER = (
     ),
     (
         "so confidence rises through R, by moving W",
-        "where W moves fast or the optimiser is SGD; in plain RL with Adam mostly through the body",
+        lambda e: e.mostly_through_W("rl-sgd", "cf-rl", CONTROL, "rl"),
         lambda e: (
             f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, cf-rl {e.through_W('cf-rl')}, "
             f"control {e.through_W('rl-classifier-lr')}, rl {e.through_W('rl')}"
@@ -90,27 +153,33 @@ FIRST_PAPER = (
     ),
     (
         "CF-RL learns faster than RL",
-        "yes; so does the control; at one common rate CF-RL is slower",
         lambda e: (
-            f"accuracy over the run, minus rl's: cf-rl {e.minus('cf-rl', 'rl', RUN)}, control "
-            f"{e.minus('rl-classifier-lr', 'rl', RUN)}, one rate {e.minus('cf-rl-same-lr', 'rl', RUN)}; cf-rl minus "
-            f"control {e.minus('cf-rl', 'rl-classifier-lr', RUN)}"
+            f"{e.faster('cf-rl')}; the control is {e.faster(CONTROL)}; at one common rate {e.faster('cf-rl-same-lr')}; "
+            f"CF-RL against its control: {e.faster('cf-rl', CONTROL)}"
+        ),
+        lambda e: (
+            f"accuracy over the run, minus rl's: cf-rl {e.minus('cf-rl', 'rl')}, control "
+            f"{e.minus('rl-classifier-lr', 'rl')}, one rate {e.minus('cf-rl-same-lr', 'rl')}; cf-rl minus "
+            f"control {e.minus('cf-rl', 'rl-classifier-lr')}"
         ),
         "confidence",
     ),
     (
         "CF-RL learns faster where features must be learnt",
-        "over the run yes, at its end not; whether the control does is undecided",
+        lambda e: f"over the run {e.faster('cf-rl')}, the control {e.faster(CONTROL)}; at the end {e.ends('cf-rl')}",
         lambda e: (
-            f"over the run {e.minus('cf-rl', 'rl', RUN)}, control {e.minus('rl-classifier-lr', 'rl', RUN)}; at "
+            f"over the run {e.minus('cf-rl', 'rl')}, control {e.minus('rl-classifier-lr', 'rl')}; at "
             f"the end {e.minus('cf-rl', 'rl', 'accuracy')}; cf-rl minus control "
-            f"{e.minus('cf-rl', 'rl-classifier-lr', RUN)}"
+            f"{e.minus('cf-rl', 'rl-classifier-lr')}"
         ),
         "learning",
     ),
     (
         "stage 1 alone gains little",
-        "no: all of the gain, or most of it where features must be learnt",
+        lambda e: (
+            f"{e.says(e.gap('classifier-only', 'sft', 'accuracy'), 'no, it gains', 'it loses')}; against rl at the end "
+            f"{e.at('confidence').ends('classifier-only')}, in `learning` {e.ends('classifier-only')}"
+        ),
         lambda e: (
             f"W alone ends at {e.at('confidence').of('classifier-only', 'accuracy')} "
             f"(rl {e.at('confidence').of('rl', 'accuracy')}); in `learning` {e.of('classifier-only', 'accuracy')} "
@@ -120,17 +189,24 @@ FIRST_PAPER = (
     ),
     (
         "W shapes G, so that stage 2 learns faster",
-        "it shapes G, frozen body or not; stage 2 gains no more than plain RL does in its first 60 updates",
+        lambda e: (
+            f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}, under the control too: "
+            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; stage 2 against rl's first updates: "
+            f"{e.says(e.stage_2_lead(), 'gains more', 'gains less')}"
+        ),
         lambda e: (
             f"norm of G × {e.after_stage_1('cf-rl', 'kernel_G_by_W')}, control × "
             f"{e.after_stage_1('rl-classifier-lr', 'kernel_G_by_W')}, W moved at random × "
-            f"{e.after_stage_1('random-w', 'kernel_G_by_W')}; gain {e.gain('cf-rl', 20, 80)}, rl {e.gain('rl', 0, 60)}"
+            f"{e.after_stage_1('random-w', 'kernel_G_by_W')}; gain {mean(e.gain('cf-rl', 20, 80))}, "
+            f"rl {mean(e.gain('rl', 0, 60))}"
         ),
         "classifier",
     ),
     (
         "part of the gain is concentration: best-of-N catches up",
-        "yes",
+        lambda e: e.says(
+            [x - y for x, y in zip(e.gap("rl", "sft", "best_of_1"), e.gap("rl", "sft", "best_of_64"), strict=True)]
+        ),
         lambda e: (
             f"rl's lead over the start with 1 sample {e.minus('rl', 'sft', 'best_of_1')}, with 64 "
             f"{e.minus('rl', 'sft', 'best_of_64')}"
@@ -139,7 +215,12 @@ FIRST_PAPER = (
     ),
     (
         "CF-RL works otherwise than linear probing, then fine-tuning (`lp-ft`)",
-        "not seen: W grows and features move less in both",
+        lambda e: (
+            f"W grows more than without stage 1: {e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, lp-ft "
+            f"{e.says(e.gap('lp-ft', 'ft', 'classifier_norm'), margin=0.0)}; features move less: "
+            f"{e.says(e.gap('rl', 'cf-rl', 'feature_change'), margin=0.0)}, lp-ft "
+            f"{e.says(e.gap('ft', 'lp-ft', 'feature_change'), margin=0.0)}: so not seen where the answers agree"
+        ),
         lambda e: (
             f"norm of W: cf-rl {e.of('cf-rl', 'classifier_norm')} (rl {e.of('rl', 'classifier_norm')}), lp-ft "
             f"{e.of('lp-ft', 'classifier_norm')} (ft {e.of('ft', 'classifier_norm')}); features moved "
@@ -152,13 +233,17 @@ FIRST_PAPER = (
 SECOND_PAPER = (
     (
         "RL selects among patterns whose success stays constant",
-        "mostly, where the skills are there; else it is half of the gain",
+        lambda e: f"{e.selects('rl')}; in `learning` {e.at('learning').selects('rl')}",
         lambda e: f"gain by shares and by success {e.gains('rl')}; in `learning` {e.at('learning').gains('rl')}",
         "confidence",
     ),
     (
         "RL changes a few critical tokens",
-        "yes, the pattern's, as the task was built to have",
+        lambda e: e.says(
+            [x - y / 2 for x, y in zip(e.values("rl", "kl_first"), e.values("rl", "kl"), strict=True)],
+            "yes, one, as the task was built to have",
+            margin=0.0,
+        ),
         lambda e: (
             f"{e.of('rl', 'kl_first')} of {e.of('rl', 'kl')} nats of KL to the start; the likeliest first token "
             f"changes on {e.of('rl', 'changed_first', '.0%')} of prompts, later ones on "
@@ -168,30 +253,40 @@ SECOND_PAPER = (
     ),
     (
         "if only the best pattern beats the average, its share just rises",
-        "yes",
-        lambda e: f"share of S {e.of('sft', 'share_S')} → {e.of('rl-sgd', 'share_S')}, never below its start",
+        lambda e: e.says(e.gap("rl-sgd", "sft", "share_S")),
+        lambda e: (
+            f"share of S {e.of('sft', 'share_S')} → {e.of('rl-sgd', 'share_S')}, at least "
+            f"{mean(e.lowest_share('rl-sgd'))} of its start"
+        ),
         "regime-1",
     ),
     (
         "if a mediocre one (D) beats it too, it first crowds the best out",
-        "with SGD; Adam hardly notices",
         lambda e: (
-            f"share of S falls to {e.dip('rl-sgd')} of its start (Adam {e.dip('rl')}); accuracy at the end "
-            f"{e.of('rl-sgd', 'accuracy')} (Adam {e.of('rl', 'accuracy')})"
+            f"with SGD {e.says(more_than(-1, [-x for x in e.lowest_share('rl-sgd')]), margin=0.0)}, with Adam "
+            f"{e.says(more_than(-1, [-x for x in e.lowest_share('rl')]), equal='hardly', margin=0.1)}"
+        ),
+        lambda e: (
+            f"share of S falls to {mean(e.lowest_share('rl-sgd'))} of its start (Adam "
+            f"{mean(e.lowest_share('rl'))}); accuracy at the end {e.of('rl-sgd', 'accuracy')} "
+            f"(Adam {e.of('rl', 'accuracy')})"
         ),
         "regime-2",
     ),
     (
         "imitating the best pattern first shortens that",
-        "yes: 20 updates of it free SGD",
+        lambda e: e.says(e.gap("sft-rl-sgd", "rl-sgd", "accuracy")),
         lambda e: f"accuracy at the end {e.of('sft-rl-sgd', 'accuracy')}, without {e.of('rl-sgd', 'accuracy')}",
         "regime-2",
     ),
     (
         "RL on the policy's own certainty first helps, then harms",
-        "yes where D is rare, not always elsewhere; patterns grow sure of wrong answers",
         lambda e: (
-            f"accuracy {e.of('sft', 'accuracy')}, at best {e.highest('self-certainty')}, at the end "
+            f"helps: {e.says(e.rise_and_fall('self-certainty')[0])}; then harms: "
+            f"{e.says(e.rise_and_fall('self-certainty')[1])}"
+        ),
+        lambda e: (
+            f"accuracy {e.of('sft', 'accuracy')}, at best {mean(e.highest('self-certainty'))}, at the end "
             f"{e.of('self-certainty', 'accuracy')}; gain by shares and by success {e.gains('self-certainty')}"
         ),
         "regime-1",
@@ -205,4 +300,5 @@ def rows(results):
     for paper, claims in {"First paper": FIRST_PAPER, "Second paper": SECOND_PAPER}.items():
         yield [f"**{paper}**", "", "", ""]
         for claim, verdict, evidence, name in claims:
-            yield [claim, verdict, evidence(Evidence(results, name)), f"[`{name}`](experiments/results.md#{name})"]
+            seen = Evidence(results, name)
+            yield [claim, verdict(seen), evidence(seen), f"[`{name}`](experiments/results.md#{name})"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.arms import SAMPLES, Config, generator, kl_divergence
+from experiments.arms import MEASURED, SAMPLES, Config, generator, kl_divergence
 from minicfrl import Rollout, group_advantages, rollout
 from model import GPT, confidence, entropy, residuals
 from ntk import empirical_ntk
@@ -119,7 +119,7 @@ def evaluate(
     batch = rollout(model, task, prompts, samples, generator)
     correct = batch.rewards.sum(dim=1).int().tolist()
     answers = [task.answer(response) for response in batch.responses]
-    first = (batch.state_mask.cumsum(dim=1) == 1)[batch.state_mask]  # (N,), the states that choose the pattern
+    first = first_states(batch.state_mask)  # (N,), those that choose the pattern
     kl, changed = departure(batch, probe.start)  # (N,) twice
     start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
@@ -211,11 +211,24 @@ def kernel_row(model, probe):
     g *= probe.advantages[i, None]  # (N, V), those of the probe's own responses
     pushed = torch.einsum("nv,nvmw,mw->", g, now.gradient, g)
     row.append(pushed / (g.square().sum() * now.gradient.norm()).clamp(min=1e-30))
-    first = probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)  # in each row the end of the prompt
-    for kind in (first, probe.state_mask & ~first):
-        raw, centred = cosines(features[kind]), cosines(features[kind] - features[kind].mean(dim=0))
-        row += [raw.mean(), (raw > 0).float().mean(), centred.square().mean().sqrt()]
-    return dict(zip(KERNEL, torch.stack(row).tolist(), strict=True))
+    return dict(zip(NTK_COLUMNS, torch.stack(row).tolist(), strict=True)) | geometry(
+        features[probe.state_mask], first_states(probe.state_mask)
+    )
+
+
+def first_states(mask):
+    """Of the N states of `mask` (B, T), which are the first of their row, the ends of prompts: (N,) bool."""
+    return (mask.cumsum(dim=1) == 1)[mask]
+
+
+def geometry(phi, first):
+    """How alike features (N, d) are at the ends of prompts, where `first` (N,) is true, and within responses."""
+    row = {}
+    for where, kind in {"prompt": phi[first], "continuation": phi[~first]}.items():
+        raw, centred = cosines(kind), cosines(kind - kind.mean(dim=0))
+        values = raw.mean(), (raw > 0).float().mean(), centred.square().mean().sqrt()
+        row |= {f"{name}_{where}": value.item() for name, value in zip(GEOMETRY, values, strict=True)}
+    return row
 
 
 def cosines(features):
@@ -244,6 +257,22 @@ def held_out(scene):
     return evaluate(scene.model, scene.task, pairs, scene.probe, scene.draws("evaluation"), SAMPLES)
 
 
+def accuracy_alone(scene):
+    """All that hundreds of runs can afford."""
+    prompts = [scene.task.prompt(a, b) for a, b in scene.some_pairs.tolist()]
+    with torch.no_grad():
+        batch = rollout(scene.model, scene.task, prompts, SAMPLES, scene.draws("evaluation"))
+    measures = {"entropy": entropy, "confidence": confidence}
+    row = {name: measure(batch.state_logits).mean().item() for name, measure in measures.items()}
+    return {"accuracy": batch.rewards.mean().item(), **row}
+
+
+@torch.no_grad()
+def likeness(scene):
+    mask = scene.probe.state_mask
+    return geometry(scene.model.features(scene.probe.tokens)[mask], first_states(mask))
+
+
 def many_samples(scene):
     return diversity(scene.model, scene.task, scene.some_pairs, scene.draws("diversity"))
 
@@ -266,8 +295,10 @@ class Measure:
     columns: tuple = ()  # their names, needed only where `when` can say no
 
 
-KERNEL = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
-KERNEL += tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in ("cosine", "positive", "centred"))
+NTK_COLUMNS = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kernel_G_alignment")
+GEOMETRY = ("cosine", "positive", "centred")
+LIKENESS = tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in GEOMETRY)
+KERNEL = NTK_COLUMNS + LIKENESS
 MEASURES = [
     Measure(held_out, at_every_look),
     Measure(many_samples, at_the_ends, (*(f"best_of_{2**i}" for i in range(7)), "different_answers")),
@@ -276,9 +307,13 @@ MEASURES = [
 ]
 
 
+FEW = [Measure(accuracy_alone, at_every_look), Measure(likeness, at_stage_ends, LIKENESS)]
+SETS = dict(zip(MEASURED, (MEASURES, FEW, FEW[:1]), strict=True))
+
+
 def measure(scene):
-    """{column: value}, in the order of MEASURES."""
+    """{column: value}, in the order of the set that the run asks for."""
     row = {}
-    for each in MEASURES:
+    for each in SETS[scene.config.measures]:
         row |= each.fill(scene) if each.when(scene) else dict.fromkeys(each.columns, math.nan)
     return row

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from experiments.arms import Config
 from experiments.measures import Scene, measure, start_probe
 from minicfrl import Addition, naming_the_step
-from model import GPT, GPTConfig
+from model import GPT
 from ntk import microscope
 
 try:
@@ -114,14 +114,14 @@ def merge_rows(out):
         write_text(out / "metrics.csv", headers.pop() + "\n" + "".join(rows for _, _, rows in parts))
 
 
-def read_config(out):
+def read_config(out, kind=Config):
     """The record in DIR/config.json. ValueError if that is something else, or of another version of the code."""
-    file, known = out / "config.json", {f.name for f in fields(Config)}
+    file, known = out / "config.json", {f.name for f in fields(kind)}
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         names = set(record["config"])
         odd = sorted(names ^ known)
-        config = Config(**{name: record["config"][name] for name in names & known})
+        config = kind(**{name: record["config"][name] for name in names & known})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file} is not the record of a run: choose another --out") from None
     if odd:
@@ -142,7 +142,7 @@ def open_out(out, config):
         write_text(out / "config.json", json.dumps(record, indent=2) + "\n")
     elif not (out / "config.json").exists():
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
-    old, _ = read_config(out)
+    old, _ = read_config(out, type(config))
     for part, values in record.items():
         was = old.get(part)
         if not isinstance(was, dict) or was.keys() != values.keys():
@@ -179,8 +179,8 @@ def owned(out):
 def load_policy(config, out, arm, seed):
     """The task and a saved policy. Damaged if the file is damaged or holds something else."""
     task, file = Addition(config.digits), policy_file(out, arm, seed)
-    model = GPT(GPTConfig(task.vocab_size, task.block_size))
     content = file.read_bytes()
+    model = GPT(config.architecture(task))
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise ValueError("a checksum is wrong")  # which torch.load does not notice
@@ -208,9 +208,11 @@ class Watch:
     def look(self, record):
         self.train_seconds += time.perf_counter() - self.clock
         step = record["step"]
-        seen = {"tokens": 0} | record | microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
-        self.so_far = {name: value + seen[name] for name, value in self.so_far.items()}
-        self.before.load_state_dict(self.model.state_dict())
+        seen = {"tokens": 0} | record
+        if self.config.measures != "accuracy":
+            seen |= microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
+            self.before.load_state_dict(self.model.state_dict())
+        self.so_far = {name: value + seen.get(name, math.nan) for name, value in self.so_far.items()}
         if self.config.is_looked_at(self.arm, step):
             with naming_the_step(step):
                 self.write_row(seen | self.so_far)
@@ -337,7 +339,13 @@ def run(config, out, workers, train):
     try:
         with job_runner(workers) as run_jobs:
             if missing("sft"):
-                print(f"sft, the starting policy: {config.sft_steps} updates of supervised fine-tuning", flush=True)
+                stages = config.finetuning().values()
+                what = (
+                    f"{sum(stage.steps for stage in stages)} updates of supervised fine-tuning"
+                    if stages
+                    else "as it is"
+                )
+                print(f"sft, the starting policy: {what}", flush=True)
                 complaints = run_jobs(missing("sft"))
                 print(f"  {time.perf_counter() - clock:.0f} s")
             clock = time.perf_counter()

@@ -9,11 +9,21 @@ import textwrap
 
 from experiments.measures import KERNEL
 from experiments.runs import policy_file, read_rows
+from experiments.verdicts import MARGIN, half_width, judge
 from minicfrl import Addition
 
 # -------------------------------------------------------------------------------------------------------------- summary
 
-CURVES = ("step", "accuracy", "entropy", "confidence", "share_S", "agreement_prompt", "agreement_continuation")
+CURVES = (
+    "step",
+    "tokens",
+    "accuracy",
+    "entropy",
+    "confidence",
+    "share_S",
+    "agreement_prompt",
+    "agreement_continuation",
+)
 
 
 def summarise(config, out):
@@ -43,11 +53,19 @@ def summarise(config, out):
             summary[arm]["accuracy_over_the_run"] = [
                 statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
             ]
-            summary[arm]["curves"] = {name: [[row[name] for row in rows] for rows in runs] for name in CURVES}
+            summary[arm]["curves"] = columns(CURVES, runs)
             names = ("step", "classifier_norm", "feature_change", *KERNEL)
             ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
-            summary[arm]["stages"] = {name: [[row[name] for row in rows] for rows in ends] for name in names}
+            summary[arm]["stages"] = columns(names, ends)
     return summary
+
+
+RUN = "accuracy_over_the_run"  # the measure of every verdict on speed
+
+
+def columns(names, runs):
+    """{name: [[a value per row], per run]} of those names that the rows have."""
+    return {name: [[row[name] for row in rows] for rows in runs] for name in names if name in runs[0][-1]}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -86,7 +104,6 @@ PAIRED = (
     ("pass@64", "best_of_64", "+.3f"),
     ("answers in 64", "different_answers", "+.1f"),
 )
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 97.5%, 1 degree of freedom and more
 
 
 def over_seeds(values, form):
@@ -96,8 +113,7 @@ def over_seeds(values, form):
     n, text = len(values), f"{statistics.fmean(values):{form}}"
     if n == 1:
         return text
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.37 / (n - 1) + 2.8 / (n - 1) ** 2
-    return f"{text} ±{t * statistics.stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
+    return f"{text} ±{half_width(values):{form.lstrip('+')}}"
 
 
 def at(summary, arm, name, step, rows="stages"):
@@ -108,9 +124,15 @@ def at(summary, arm, name, step, rows="stages"):
     ]
 
 
+def paired(summary, arm, base, name=RUN):
+    """A measure of one arm minus another's, seed by seed, over the seeds that both have finished."""
+    values = [dict(zip(summary[each]["seed"], summary[each][name], strict=True)) for each in (arm, base)]
+    return [values[0][seed] - values[1][seed] for seed in values[0] if seed in values[1]]
+
+
 def cell(arm, name, form):
     """A measure of an arm over its seeds; empty if it has none."""
-    if name == "shares":  # three means in one cell
+    if name == "shares" and "share_S" in arm:  # three means in one cell
         return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
     return over_seeds(arm[name], form) if arm.get(name) else ""
 
@@ -144,30 +166,32 @@ def sparkline(curves, top):
 
 
 def verdict(config, summary):
-    """Who was faster at equal samples, and was the control too? From the numbers alone: the median over the seeds.
-
-    Differences below the distance of two evaluations are ties.
-    """
+    """Who was faster at equal samples, and was the control too? From the paired mean accuracy over the run; how many
+    updates it took is an illustration."""
     arms = ("rl", "cf-rl", "rl-classifier-lr")
     if not all(arm in summary for arm in arms):
         return f"No verdict without all of {', '.join(arms)}."
+    words = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
+    names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "the matched control, which freezes nothing,"}
+    said, parts = {}, []
+    for arm, base in (arms[1::-1], arms[2::-2], arms[1:]):
+        gaps = paired(summary, arm, base)
+        said[arm, base] = judge(gaps)
+        parts.append(
+            f"{names[arm]} minus {names[base].rstrip(',')} {over_seeds(gaps, '+.3f')}: {words[said[arm, base]]}"
+        )
     updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
-    rl, cf_rl, control = (statistics.median(values) for values in updates)
-    if min(rl, cf_rl) == math.inf:
-        return f"No verdict: neither rl nor cf-rl reached held-out accuracy {config.threshold:g}."
-    took = [f"{n:g}" if n < math.inf else f"more than {config.rl_steps}" for n in (rl, cf_rl, control)]
-    if abs(rl - cf_rl) <= config.eval_every:
-        faster, cause = "about as fast", "so there is no speed-up to explain"
-    elif cf_rl > rl:
-        faster, cause = "slower", "so there is no speed-up to explain"
-    elif control <= cf_rl + config.eval_every:
-        faster, cause = "faster", "so a classifier that learns faster is enough, and nothing need be frozen"
-    else:
-        faster, cause = "faster", "so training the classifier first helped, beyond its learning rate"
-    seeds = f"medians of {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    took = [f"{n:g}" if (n := statistics.median(values)) < math.inf else "more" for values in updates]
+    faster = [arm for arm in arms[1:] if said[arm, "rl"] == "more"]
+    cause = ""
+    if said[arms[1:]] == "more" and "cf-rl" in faster:
+        cause = " So training the classifier first helped, beyond its learning rate."
+    elif len(faster) == 2:
+        cause = " So a classifier that learns faster is enough, and nothing need be frozen."
+    seeds = f"{config.seeds} seeds, 95% intervals" if config.seeds > 1 else "one seed, which decides nothing"
     return (
-        f"At equal samples, held-out accuracy {config.threshold:g} took rl {took[0]} updates and cf-rl {took[1]} "
-        f"({seeds}): cf-rl was {faster}. The matched control, which freezes nothing, took {took[2]}: {cause}."
+        f"Mean held-out accuracy over the run at equal samples ({seeds}): {'; '.join(parts)}.{cause} Accuracy "
+        f"{config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of {config.rl_steps} updates."
     )
 
 

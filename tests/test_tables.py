@@ -78,9 +78,9 @@ def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
     ]
     assert summary["rl"]["stages"]["step"] == [[0, 4, 8]] * 3
     heading, row = tables.paired_table(summary)
-    # -0.5, 5.5 and -2 have the mean 1 and the standard deviation sqrt(15.75): 4.30 x 3.969 / sqrt(3) = 9.85.
-    assert row[:2] == ["cf-rl", "+1.000 ±9.853"] and set(row[1:6]) == {"+1.000 ±9.853"} and row[6] == "+1.0 ±9.9"
-    assert tables.paired_table(summary, "cf-rl")[1][:2] == ["rl", "-1.000 ±9.853"]
+    # -0.5, 5.5 and -2 have the mean 1 and the standard deviation sqrt(15.75): 4.303 x 3.969 / sqrt(3) = 9.86.
+    assert row[:2] == ["cf-rl", "+1.000 ±9.859"] and set(row[1:6]) == {"+1.000 ±9.859"} and row[6] == "+1.0 ±9.9"
+    assert tables.paired_table(summary, "cf-rl")[1][:2] == ["rl", "-1.000 ±9.859"]
 
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):

@@ -1,0 +1,150 @@
+"""Order or rate? What a map over stage lengths and classifier rates says: cf-rl minus its control, cell by cell.
+
+The control moves W at the same rates and freezes nothing, so only the order of the stages is between the two.
+"""
+
+import statistics
+import textwrap
+
+import numpy as np
+
+from experiments.tables import RUN, WIDTH, lines_of, over_seeds, paired
+from experiments.verdicts import judge
+
+CF_RL, CONTROL = "cf-rl", "rl-classifier-lr"
+
+
+def arm_at(arm, cell):
+    length, multiple = cell
+    return f"{arm}-{length}x{multiple:g}"
+
+
+def finished_in_stage_1(config, summary, cell):
+    """Does cf-rl reach the threshold at an evaluation within stage 1, as a mean over the seeds?"""
+    curves = summary[arm_at(CF_RL, cell)]["curves"]
+    accuracy = [statistics.fmean(values) for values in zip(*curves["accuracy"], strict=True)]
+    within = zip(curves["step"][0], accuracy, strict=True)
+    return any(step <= cell[0] and value >= config.threshold for step, value in within)
+
+
+def differences(config, summary, name=RUN):
+    """{cell: cf-rl minus control, per seed} for the cells that have finished."""
+    pairs = {cell: (arm_at(CF_RL, cell), arm_at(CONTROL, cell)) for cell in config.cells}
+    return {cell: paired(summary, *arms, name) for cell, arms in pairs.items() if all(arm in summary for arm in arms)}
+
+
+def map_table(config, summary, name=RUN, interval=False):
+    """A row per stage length, a column per classifier rate: the mean difference; * where it is surely not 0, = where it
+    is surely within the margin, all cells asked together; in brackets where stage 1 alone reaches the threshold."""
+    cells = differences(config, summary, name)
+    lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
+    rows = [["K"] + [f"{multiple:g}x" for multiple in multiples]]
+    for length in lengths:
+        rows.append([str(length)])
+        for cell in ((length, multiple) for multiple in multiples):
+            if cell not in cells:
+                rows[-1].append("stopped")
+                continue
+            said = judge(cells[cell], looks=len(config.cells))
+            text = over_seeds(cells[cell], "+.3f") if interval else f"{statistics.fmean(cells[cell]):+.3f}"
+            text += {"equal": "=", "undecided": ""}.get(said, "*")
+            rows[-1].append(f"({text})" if finished_in_stage_1(config, summary, cell) else text)
+    return rows
+
+
+def counts(config, summary):
+    """How many cells in which stage 1 leaves something to do say what of the order, all asked together."""
+    cells = differences(config, summary)
+    open_cells = [cell for cell in cells if not finished_in_stage_1(config, summary, cell)]
+    said = [judge(cells[cell], looks=len(config.cells)) for cell in open_cells]
+    return {name: said.count(name) for name in ("more", "less", "equal", "undecided")}
+
+
+def tuned(summary, arms, name=RUN):
+    """{seed: the measure of the arm that is best on the OTHER seeds}: chosen on runs that are not shown."""
+    values = {arm: dict(zip(summary[arm]["seed"], summary[arm][name], strict=True)) for arm in arms if arm in summary}
+    seeds = set.intersection(*(set(each) for each in values.values()))
+    best = {}
+    for seed in sorted(seeds):
+        best[seed] = max(values, key=lambda arm: statistics.fmean(values[arm][other] for other in seeds - {seed}))
+    return {seed: values[arm][seed] for seed, arm in best.items()}
+
+
+def tuned_arms(config):
+    """The three ways to spend two learning rates, each with its choices: cf-rl, its control, and two constant rates."""
+    multiples = config.grid("rate_multiples", float)
+    constant = [arm_at(CONTROL, (config.rl_steps, multiple)) for multiple in multiples]
+    return {
+        CF_RL: [arm_at(CF_RL, cell) for cell in config.cells],
+        CONTROL: [arm_at(CONTROL, cell) for cell in config.cells],
+        "two constant rates": constant,
+        "rl": ["rl"],
+    }
+
+
+def tuned_table(config, summary):
+    """Each way at its best cell, minus plain RL and minus the control's best, with what that allows to say."""
+    best = {name: tuned(summary, arms) for name, arms in tuned_arms(config).items()}
+    rows = [["tuned", RUN.replace("_", " "), "minus plain RL", "minus the tuned control"]]
+    for name, values in best.items():
+        rows.append([name, over_seeds(list(values.values()), ".3f")])
+        for base in ("rl", CONTROL):
+            gaps = [values[seed] - best[base][seed] for seed in values]
+            rows[-1].append("" if name == base else f"{over_seeds(gaps, '+.3f')}: {judge(gaps, looks=5)}")
+    return rows
+
+
+def budgets(curves, length, of):
+    """What every evaluation of a run has cost so far, seed by seed, counted in one of four ways."""
+    for steps, tokens in zip(curves["step"], curves["tokens"], strict=True):
+        steps, tokens = np.array(steps), np.array(tokens)
+        if of == "stage 1 for free":
+            yield np.maximum(steps - length, 0)
+        elif of == "samples":
+            yield steps
+        elif of == "tokens":
+            yield tokens
+        else:  # a token is sampled (1) and scored (1), and in stage 2 differentiated (2): in forward passes
+            yield np.cumsum(np.diff(tokens, prepend=0) * np.where(steps <= length, 2, 4))
+
+
+ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
+
+
+def at_equal(summary, arm, base, length, of):
+    """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's K."""
+    sides = [(summary[name]["curves"], k) for name, k in ((arm, length), (base, 0))]
+    costs = [list(budgets(curves, k, of)) for curves, k in sides]
+    gaps = []
+    for seed, pair in enumerate(zip(*costs, strict=True)):
+        grid = np.linspace(0, min(cost[-1] for cost in pair), 201)
+        accuracies = [curves["accuracy"][seed] for curves, _ in sides]
+        # of several evaluations at one cost, as with stage 1 for free, the last counts
+        kept = [np.append(np.diff(cost) > 0, True) for cost in pair]
+        means = [
+            np.interp(grid, cost[keep], np.array(accuracy)[keep]).mean()
+            for cost, accuracy, keep in zip(pair, accuracies, kept, strict=True)
+        ]
+        gaps.append(float(means[0] - means[1]))
+    return gaps
+
+
+def accounting_table(config, summary, cells):
+    """cf-rl minus plain RL at some cells, at equal budgets of four kinds."""
+    rows = [["cf-rl at", *(f"at equal {of}" if of != ACCOUNTS[0] else of for of in ACCOUNTS)]]
+    for cell in cells:
+        gaps = [at_equal(summary, arm_at(CF_RL, cell), "rl", cell[0], of) for of in ACCOUNTS]
+        said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(cells))}" for gap in gaps]
+        rows.append([f"K = {cell[0]}, {cell[1]:g}x", *said])
+    return rows
+
+
+def print_map(config, summary):
+    """The map as a run prints it."""
+    heading = (
+        "Mean held-out accuracy over the run, cf-rl minus its control, paired by seed, for each length K of stage 1 "
+        "and each classifier rate in it, in multiples of --lr. * surely not 0, = surely within the margin, all cells "
+        "asked together; in brackets where stage 1 alone reaches the threshold, which says nothing of the order."
+    )
+    print("\n" + textwrap.fill(heading, WIDTH))
+    print(*lines_of(map_table(config, summary)), sep="\n")

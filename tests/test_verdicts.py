@@ -1,0 +1,85 @@
+"""What a list of paired differences allows to say: made-up lists of every kind."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.verdicts import half_width, judge, student_t
+
+numbers = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
+
+
+@pytest.mark.parametrize(
+    "p, freedom, t",
+    [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.95, 4, 2.132), (0.999, 4, 7.173), (0.975, 9, 2.262), (0.975, 60, 2.000)],
+)
+def test_quantiles_of_student_s_t_are_the_textbook_s(p, freedom, t):
+    """Three decimals are printed there, and 200,000 steps of the sum reach four digits at 1 degree of freedom."""
+    assert abs(student_t(p, freedom) - t) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "differences, said",
+    [
+        ([0.10, 0.12, 0.11, 0.09, 0.13], "more"),
+        ([-0.10, -0.12, -0.11, -0.09, -0.13], "less"),
+        ([0.001, -0.002, 0.0, 0.003, -0.001], "equal"),
+        ([0.010, 0.011, 0.009, 0.010, 0.010], "equal"),  # surely above 0, and surely too little to matter
+        ([0.3, -0.2, 0.1, 0.0, -0.1], "undecided"),
+        ([0.02, 0.03, 0.01, 0.025, -0.01], "undecided"),  # neither excludes 0 nor stays within the margin
+        ([0.5], "undecided"),  # one seed says nothing
+        ([0.0], "undecided"),
+        ([0.1] * 5, "more"),  # no spread at all
+        ([0.0] * 5, "equal"),
+    ],
+)
+def test_a_verdict_of_every_kind(differences, said):
+    assert judge(differences) == said
+
+
+@given(numbers)
+def test_the_opposite_differences_get_the_opposite_verdict(differences):
+    """The rule treats both sides alike; so neither side of a comparison is favoured by being named first."""
+    opposite = {"more": "less", "less": "more", "equal": "equal", "undecided": "undecided"}
+    assert judge([-x for x in differences]) == opposite[judge(differences)]
+
+
+@given(numbers, st.integers(2, 40))
+def test_asking_more_at_once_never_makes_a_verdict_surer(differences, looks):
+    """Bonferroni's intervals are wider: what is decided among many looks is decided alone, and in the same way, unless
+    alone it is even known to be within the margin."""
+    alone, among = judge(differences), judge(differences, looks=looks)
+    assert among == "undecided" or among == alone or (alone == "equal" and among in ("more", "less"))
+
+
+@pytest.mark.parametrize("looks", [1, 20])
+def test_true_ties_are_called_otherwise_no_more_often_than_promised(looks):
+    """The whole point of 5%: of 400 families of `looks` comparisons without any difference, at most one in twenty holds
+    a false `more` or `less`. Binomial(400, .05) exceeds 34 with a chance of .1%; seeded, so it never flickers."""
+    draws = torch.randn(400, looks, 5, generator=torch.Generator().manual_seed(0))
+    false = sum(any(judge(row.tolist(), looks=looks) in ("more", "less") for row in family) for family in draws)
+    assert false <= 34
+
+
+def test_a_real_difference_of_the_margin_is_called_equal_no_more_often_than_promised():
+    """The error that counts for an equivalence: a true difference of exactly the margin must not pass as none."""
+    draws = 0.02 + 0.01 * torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
+    assert sum(judge(row.tolist()) == "equal" for row in draws) <= 72  # Binomial(1000, .05) exceeds it in .1% of cases
+
+
+@given(numbers)
+def test_an_interval_grows_with_its_level_and_one_value_has_none(values):
+    assert half_width(values, 0.9) <= half_width(values, 0.95) <= half_width(values, 0.999)
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    assert half_width(values) == pytest.approx(student_t(0.975, len(values) - 1) * spread)
+    assert half_width(values[:1]) == math.inf
+
+
+@pytest.mark.parametrize("differences", [[], [math.nan, 0.1], [math.inf, 0.1]])
+def test_no_verdict_without_finite_differences(differences):
+    with pytest.raises(ValueError, match="differences must be finite numbers, at least one"):
+        judge(differences)

@@ -1,6 +1,7 @@
 """From rows to summary, tables and verdict."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -101,19 +102,31 @@ def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(
     assert summary["rl"]["accuracy_over_the_run"] == [pytest.approx((0.5 + 0.5 + 0.9 + 0.95) / 4)]
 
 
-def test_the_verdict_says_what_the_numbers_say():
-    """Each of its endings, from made-up updates to the threshold; None stands for never, 4 apart is a tie."""
-
-    def verdict(rl, cf_rl, control):
-        return tables.verdict(
-            Config(seeds=len(rl)),
-            {arm: {"updates_to_threshold": n} for arm, n in zip(Config().arm_list, (rl, cf_rl, control), strict=True)},
-        )
-
-    assert "took rl 40 updates and cf-rl 12 (one seed): cf-rl was faster" in verdict([40], [12], [20])
-    assert "took 20: so training the classifier first helped" in verdict([40], [12], [20])
-    assert "so a classifier that learns faster is enough" in verdict([40], [12], [16])
-    assert "rl 12 updates and cf-rl more than 80 (one seed): cf-rl was slower" in verdict([12], [None], [12])
-    assert "cf-rl was about as fast" in verdict([16], [12], [8])
-    assert "neither rl nor cf-rl reached" in verdict([None], [None], [8])
-    assert "20 updates and cf-rl 8 (medians of 3 seeds): cf-rl" in verdict([4, 20, None], [8, 4, 80], [9, 9, 9])
+@pytest.mark.parametrize(
+    "cf_rl, control, said, cause",
+    [
+        ([0.8, 0.81, 0.79], [0.8, 0.8, 0.79], ("faster", "faster", "as fast (within 0.02)"), "nothing need be frozen"),
+        ([0.8, 0.81, 0.79], [0.6, 0.61, 0.59], ("faster", "faster", "faster"), "training the classifier first helped"),
+        ([0.6, 0.61, 0.59], [0.8, 0.81, 0.79], ("faster", "faster", "slower"), "nothing need be frozen"),
+        ([0.3, 0.31, 0.29], [0.5, 0.501, 0.5], ("slower", "as fast (within 0.02)", "slower"), ""),
+        ([0.1, 0.9, 0.5], [0.8, 0.81, 0.79], ("undecided", "faster", "undecided"), ""),
+        ([0.8], [0.9], ("undecided", "undecided", "undecided"), ""),  # one seed
+    ],
+)
+def test_the_verdict_says_what_the_numbers_say(cf_rl, control, said, cause):
+    """Each of its endings, from made-up accuracies over the run beside 0.5 for rl; never is more than all updates."""
+    values = dict(zip(Config().arm_list, ([0.5] * len(cf_rl), cf_rl, control), strict=True))
+    summary = {
+        arm: {"seed": list(range(len(cf_rl))), tables.RUN: own, "updates_to_threshold": [12] * (len(own) - 1) + [None]}
+        for arm, own in values.items()
+    }
+    text = tables.verdict(Config(seeds=len(cf_rl)), summary)
+    assert tuple(part.rpartition(": ")[2] for part in text.split(".  ")[0].split("; ")[:2]) == said[:2]
+    assert (
+        f"minus the matched control, which freezes nothing {statistics.fmean(cf_rl) - statistics.fmean(control):+.3f}"
+        in text
+    )
+    assert said[2] in text.partition("nothing ")[2] and (cause in text if cause else " So " not in text)
+    assert ("one seed, which decides nothing" in text) == (len(cf_rl) == 1)
+    took = "12, 12 and 12" if len(cf_rl) > 1 else "more, more and more"
+    assert f"Accuracy 0.9 took {took} of 80 updates." in text and "No verdict" in tables.verdict(Config(), {})

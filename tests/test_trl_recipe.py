@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from trl import GRPOConfig, GRPOTrainer
     from trl_bridge import PLAIN, character_tokenizer, from_transformers, to_transformers, trl_trainer
 
+    from experiments.trl_microscope import Microscope
     from experiments.trl_recipe import ClassifierFirst, two_rates
 
 from tiny import generator, tiny_gpt
@@ -105,7 +106,7 @@ class Watch(TrainerCallback):
         return [tuple(not same(*halves) for halves in zip(old, new, strict=True)) for old, new in updates]
 
 
-def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), callbacks=(), **changes):
+def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), callbacks=(), looks=False, **changes):
     watch = Watch()
     trainer = GRPOTrainer(
         model,
@@ -116,7 +117,11 @@ def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), 
         callbacks=[ClassifierFirst(k, freeze), watch, *callbacks],
         optimizers=optimizers,
     )
+    if looks:
+        tokens = torch.arange(8).expand(2, 8) + torch.tensor([[0], [3]])
+        trainer.add_callback(Microscope(trainer, tokens, tokens > 3))
     trainer.train(resume_from_checkpoint=resume)
+    watch.history = [row for row in trainer.state.log_history if "microscope/entropy" in row]
     return watch
 
 
@@ -271,7 +276,7 @@ def test_sharded_parameters_are_refused(tmp_path):
 
 def test_two_processes_agree_and_keep_the_stages(tmp_path):
     """By torchrun, gloo and DDP: this file as a script, with the flag that the README names. Hashes of all weights
-    after every update are equal on both ranks."""
+    after every update are equal on both ranks, and so is what the microscope logs there."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
@@ -279,14 +284,22 @@ def test_two_processes_agree_and_keep_the_stages(tmp_path):
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in "01")
     assert first == second
     assert [tuple(moved) for moved in first["moved"]] == STAGES
+    through_body = [row["microscope/entropy_by_body"] for row in first["history"]]
+    assert through_body[:2] == [0, 0] and all(through_body[2:]) and len(through_body) == 5
 
 
 def run_as_one_of_two_processes(out):
     watch = trained(
-        tiny("gpt2"), out / "run", per_device_train_batch_size=8, ddp_backend="gloo", ddp_find_unused_parameters=True
+        tiny("gpt2"),
+        out / "run",
+        looks=True,
+        per_device_train_batch_size=8,
+        ddp_backend="gloo",
+        ddp_find_unused_parameters=True,
     )
     weights = [b"".join(p.numpy().tobytes() for half in seen for p in half) for seen in watch.seen]
-    result = json.dumps({"moved": watch.moved(), "hashes": [hashlib.sha256(bits).hexdigest() for bits in weights]})
+    hashes = [hashlib.sha256(bits).hexdigest() for bits in weights]
+    result = json.dumps({"moved": watch.moved(), "hashes": hashes, "history": watch.history})
     (out / f"rank-{os.environ['RANK']}.json").write_text(result, encoding="utf-8")
 
 

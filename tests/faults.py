@@ -143,7 +143,7 @@ def check_files(out):
         except Violation:
             raise
         except Exception as error:  # whatever a damaged file makes of its reader
-            raise Violation(f"{file} cannot be read: {error!r}") from error
+            raise Violation(f"{file} cannot be read: {type(error).__name__}") from error
     return policies
 
 

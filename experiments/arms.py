@@ -124,6 +124,8 @@ CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 MAP = dict(seeds=10, arms="rl", measures="accuracy", stage_lengths="2,4,8,16,32", rate_multiples="1,5,20,40")
+SIZE = dict(arms="rl,cf-rl,rl-classifier-lr,rl-sgd", measures="few", eval_every=8)
+SIZES = ((32, 2, 4e-4, 5), (64, 2, 4e-4, 5), (128, 2, 4e-4, 5), (256, 2, 2e-4, 3), (64, 4, 4e-4, 5))  # lr: results.md
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
     "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
@@ -137,6 +139,9 @@ EXPERIMENTS = {
     "kl": FIVE | UNTAUGHT | dict(arms="rl,kl-0.3,kl-1", rl_steps=160, eval_every=8),
     "order": MAP,
     "order-learning": MAP | UNTAUGHT,
+} | {
+    f"size-{width}x{layers}": SIZE | dict(width=width, layers=layers, lr=lr, classifier_lr=20 * lr, seeds=seeds)
+    for width, layers, lr, seeds in SIZES
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 

@@ -42,8 +42,13 @@ class Evidence:
     def minus(self, arm, base, name=RUN, form="+.2f"):
         return over_seeds(self.gap(arm, base, name), form)
 
+    def shares_of_W(self, arm):
+        """How much of the rise of top-1 on fixed states the moves of W explain, seed by seed."""
+        parts = (self.values(arm, f"confidence_{name}") for name in ("by_W", "change"))
+        return [part / whole for part, whole in zip(*parts, strict=True)]
+
     def through_W(self, arm):
-        """How much of the rise of top-1 on fixed states the moves of W explain, as a ratio of means."""
+        """The same over all seeds, as a ratio of means."""
         part, whole = (statistics.fmean(self.values(arm, f"confidence_{name}")) for name in ("by_W", "change"))
         return f"{part / whole:.0%}"
 

@@ -102,6 +102,41 @@ def plot_order(maps, path):
         bar.set_label("accuracy over the run:\ncf-rl minus its control")
 
 
+def plot_sizes(sizes, path):
+    """Leads, W's share of the rise of confidence, and how alike features are, against the policy's width. `sizes` holds
+    claims.Evidence by (width, layers); what has other than two layers is hollow."""
+    panels = {
+        "lead over plain RL (accuracy over the run)": {
+            "cf-rl": lambda e: e.gap("cf-rl", "rl"),
+            "its control": lambda e: e.gap("rl-classifier-lr", "rl"),
+        },
+        "W's part of the rise of top-1": {
+            "rl, Adam": lambda e: e.shares_of_W("rl"),
+            "rl, SGD": lambda e: e.shares_of_W("rl-sgd"),
+        },
+        "mean cosine of features, at the start": {
+            "at the end of prompts": lambda e: e.values("sft", "cosine_prompt"),
+            "within responses": lambda e: e.values("sft", "cosine_continuation"),
+        },
+    }
+    with panels_in(path, len(panels)) as figure:
+        for axes, (title, lines) in zip(figure, panels.items(), strict=True):
+            for colour, (label, values) in zip(COLOURS, lines.items(), strict=False):
+                for (width, layers), evidence in sizes.items():
+                    seeds = values(evidence)
+                    low, middle, high = (f(seeds) for f in (min, statistics.median, max))
+                    bar = [[middle - low], [high - middle]]
+                    fill, shift = ("none", 1.06) if layers != 2 else (colour, 1.0)
+                    named = label if (width, layers) == (64, 2) else None
+                    axes.errorbar(width * shift, middle, bar, fmt="o", color=colour, mfc=fill, capsize=3, label=named)
+            axes.set(xscale="log", xlabel="features d", title=title, ylim=(0, None))
+            axes.set_xticks(sorted({width for width, _ in sizes}), sorted({width for width, _ in sizes}), minor=False)
+            axes.minorticks_off()
+            axes.title.set_size(10)
+            axes.legend(frameon=False, fontsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+
+
 def token_axes(axes, labels, colour="black"):
     """Ticks that read as responses, with positions on the left and lines between; `labels` has a list for each."""
     tokens = [token for response in labels for token in response]

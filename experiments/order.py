@@ -82,20 +82,31 @@ def tuned_arms(config):
     return {
         CF_RL: [arm_at(CF_RL, cell) for cell in config.cells],
         CONTROL: [arm_at(CONTROL, cell) for cell in config.cells],
-        "two constant rates": constant,
+        CONSTANT: constant,
         "rl": ["rl"],
     }
 
 
-def tuned_table(config, summary):
-    """Each way at its best cell, minus plain RL and minus the control's best, with what that allows to say."""
+CONSTANT = "two constant rates"
+
+
+def tuned_gaps(config, summary):
+    """{(way, base): one tuned way minus another, per seed}."""
     best = {name: tuned(summary, arms) for name, arms in tuned_arms(config).items()}
-    rows = [["tuned", RUN.replace("_", " "), "minus plain RL", "minus the tuned control"]]
-    for name, values in best.items():
-        rows.append([name, over_seeds(list(values.values()), ".3f")])
-        for base in ("rl", CONTROL):
-            gaps = [values[seed] - best[base][seed] for seed in values]
-            rows[-1].append("" if name == base else f"{over_seeds(gaps, '+.3f')}: {judge(gaps, looks=5)}")
+    pairs = ((CF_RL, "rl"), (CONTROL, "rl"), (CONSTANT, "rl"), (CF_RL, CONTROL), (CF_RL, CONSTANT), (CONTROL, CONSTANT))
+    return {(way, base): [best[way][seed] - best[base][seed] for seed in best[way]] for way, base in pairs}
+
+
+def tuned_table(config, summary):
+    """Each way at its best cell, minus the others, with what that allows to say, all six asked together."""
+    gaps, bases = tuned_gaps(config, summary), ("rl", CONTROL, CONSTANT)
+    rows = [["tuned", "accuracy over the run", *(f"minus {base}" for base in bases)]]
+    for way, arms in tuned_arms(config).items():
+        rows.append([way, over_seeds(list(tuned(summary, arms).values()), ".3f")])
+        for pair in ((way, base) for base in bases):
+            rows[-1].append(
+                f"{over_seeds(gaps[pair], '+.3f')}: {judge(gaps[pair], looks=len(gaps))}" if pair in gaps else ""
+            )
     return rows
 
 

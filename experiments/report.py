@@ -146,6 +146,56 @@ def position_table(measures, columns):
     return markdown(*rows)
 
 
+def real_paired(summary):
+    """Each arm minus plain RL: over the run, at its end, and what that allows to say of the first."""
+    rows = [["arm", "accuracy over the run", "", "accuracy"]]
+    for arm in summary:
+        if arm not in ("sft", "rl"):
+            gaps = [tables.paired(summary, arm, "rl", name) for name in (tables.RUN, "accuracy")]
+            rows.append([arm, over_seeds(gaps[0], "+.3f"), judge(gaps[0]), over_seeds(gaps[1], "+.3f")])
+    return rows
+
+
+def geometry_rows(summary):
+    """How alike the features of the start are, then how far R alone points where each arm's updates do."""
+    rows = [["", "at the end of prompts", "within responses"]]
+    names = {
+        "mean cosine": "cosine",
+        "inner products that are positive": "positive",
+        "centred, root mean square": "centred",
+    }
+    for label, name in names.items():
+        form = ".0%" if name == "positive" else ".2f"
+        rows.append([label, *(over_seeds(summary["sft"][f"{name}_{where}"], form) for where in WHERE)])
+    for arm in tables.without_start(summary):
+        curves = [summary[arm]["curves"][f"agreement_{where}"] for where in WHERE]
+        means = [[statistics.fmean(seed[1:]) for seed in curve] for curve in curves]
+        rows.append([f"R and R + G, {arm}", *(over_seeds(values, ".2f") for values in means)])
+    return rows
+
+
+def sizes(results):
+    """Evidence by (width, layers)."""
+    each = {name: claims.Evidence(results, name) for name in results if name.startswith("size-")}
+    return {(e.config.width, e.config.layers): e for e in sorted(each.values(), key=lambda e: e.config.width)}
+
+
+def size_table(results):
+    """Leads, verdicts, W's part and how alike features are: a size a row."""
+    rows = [["d, layers, seeds", "start", "rl", "cf-rl − rl", "control − rl", "cf-rl − control"]]
+    rows[0] += ["W's part, Adam", "SGD", "cosine, prompt ends", "within", "positive within"]
+    for (width, layers), e in sizes(results).items():
+        rows.append([f"{width}, {layers}, {e.config.seeds}", e.of("sft", "accuracy"), e.of("rl", tables.RUN)])
+        pairs = (("rl", "cf-rl"), ("rl", claims.CONTROL), (claims.CONTROL, "cf-rl"))
+        rows[-1] += [e.against(*pair) for pair in pairs]
+        rows[-1] += [claims.mean(e.shares_of_W(arm), ".0%") for arm in ("rl", "rl-sgd")]
+        rows[-1] += [e.of("sft", f"cosine_{where}") for where in WHERE] + [e.of("sft", "positive_continuation", ".0%")]
+    return rows
+
+
+WHERE = ("prompt", "continuation")
+
+
 def stage_table(config, summary, columns, arms):
     """What is measured at the ends of the stages, as medians (and ranges) over the seeds: of the start, which all arms
     share, then of each arm. columns are (heading, measure, format), as for tables.table."""
@@ -219,6 +269,14 @@ KL_COLUMNS = (
     ("pass@64", "best_of_64", ".2f"),
     ("answers in 64", "different_answers", ".1f"),
 )
+REAL_COLUMNS = (
+    ("accuracy", "accuracy", ".2f"),
+    ("over the run", "accuracy_over_the_run", ".2f"),
+    ("entropy, fixed states", "probe_entropy", ".2f"),
+    ("top-1, fixed states", "probe_confidence", ".2f"),
+    ("features moved", "feature_change", ".2f"),
+    ("sec", "train_seconds", ".0f"),
+)
 KERNEL_COLUMNS = (
     ("norm of R", "kernel_R", ".0f"),
     ("norm of G", "kernel_G", ".0f"),
@@ -289,33 +347,33 @@ def prediction_table(update):
 
 def found(results):
     """The bullets of the first screen."""
-    now, real = (claims.Evidence(results, experiment) for experiment in ("confidence", "real"))
-    said = {name: order.counts(*results[name]) for name in MAPS}
-    closed = "not one that learns first" if not any(each["more"] for each in said.values()) else "and sometimes first"
-    cells = {
-        name: f"ahead of it in {each['more']}, behind in {each['less']}, equal within {MARGIN:g} in {each['equal']}, and "
-        f"{each['undecided']} are undecided"
-        for name, each in said.items()
-    }
-    rises = {arm: now.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
+    toy, real = (claims.Evidence(results, experiment) for experiment in ("confidence", "real"))
+    lead = {arm: (toy.minus(arm, "rl"), real.minus(arm, "rl")) for arm in ("cf-rl", claims.CONTROL, "cf-rl-same-lr")}
+    said = [order.counts(*results[name]) for name in MAPS]
+    cells = [f"ahead of it in {n['more']}, behind in {n['less']} of {sum(n.values())}" for n in said]
+    gaps = [order.tuned_gaps(*results[name]) for name in MAPS]
+    constant = [each[order.CF_RL, order.CONSTANT] for each in gaps]
+    ahead = any(judge(gap, looks=len(gaps[0])) == "more" for gap in constant)
+    closed = "learning first helps more" if ahead else "that it learns first adds nothing we can see"
+    rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
-        f"**In the toy a classifier that learns faster helps, {closed}.** Mean accuracy over the run, minus plain RL's: "
-        f"CF-RL {now.minus('cf-rl', 'rl')}, its control, which freezes nothing, {now.minus(claims.CONTROL, 'rl')}; CF-RL "
-        f"at plain RL's learning rate {now.minus('cf-rl-same-lr', 'rl')}. On a [map of stage lengths and "
-        f"rates](experiments/results.md#order) ({results['order'][0].seeds} seeds a cell) CF-RL is, of the "
-        f"{sum(said['order'].values())} cells where stage 1 leaves something to do, {cells['order']}; from a start that "
-        f"cannot add yet, of {sum(said['order-learning'].values())}, {cells['order-learning']}.",
-        f"**In a pretrained model, SmolLM2-135M, CF-RL is {real.faster('cf-rl')} and so is not what helps there**: minus "
-        f"plain RL's, CF-RL {real.minus('cf-rl', 'rl')}, the control {real.minus(claims.CONTROL, 'rl')} "
-        f"({real.config.seeds} seeds). Of the rise of confidence {real.through_W('rl')} goes through the classifier, in "
-        f"the toy {now.through_W('rl')}. [Side by side](#toy-and-real-model).",
+        f"**In the toy a classifier that learns faster helps; {closed}.** Mean accuracy over the run, minus plain "
+        f"RL's: CF-RL {lead['cf-rl'][0]}, its control, which freezes nothing, {lead[claims.CONTROL][0]}, CF-RL at "
+        f"plain RL's learning rate {lead['cf-rl-same-lr'][0]}. On a [map of stage lengths and "
+        f"rates](experiments/results.md#order) CF-RL is {cells[0]} cells that can tell; from a start that cannot add "
+        f"yet {cells[1]}. Against plain RL with two constant rates, both tuned: {over_seeds(constant[0], '+.2f')}; "
+        f"{over_seeds(constant[1], '+.2f')}.",
+        f"**In a pretrained model, SmolLM2-135M, CF-RL is {real.faster('cf-rl')}**: {lead['cf-rl'][1]}, its control "
+        f"{lead[claims.CONTROL][1]} ({real.config.seeds} seeds). There {real.through_W('rl')} of the rise of "
+        f"confidence goes through the classifier, in the toy {toy.through_W('rl')}. [Side by "
+        "side](#toy-and-real-model).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
-        f"{now.of('sft', 'confidence')} to {now.of('rl', 'confidence')}. On fixed states it rises by "
-        f"{rises['rl-sgd']} with SGD, {now.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
-        f"with Adam, {now.through_W('rl')} of it by moving the classifier.",
-        f"**RL selects more than it teaches, where there is something to select** ({now.selects('rl')}). Accuracy gained "
-        f"by choosing the best way to answer more often, and by getting better at one: {now.gains('rl')}; from a start "
-        f"that cannot add yet {now.at('learning').gains('rl')}.",
+        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}. On fixed states it rises by "
+        f"{rises['rl-sgd']} with SGD, {toy.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
+        f"with Adam, {toy.through_W('rl')} of it by moving the classifier.",
+        "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
+        f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
+        f"add yet {toy.at('learning').gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
 
@@ -329,14 +387,15 @@ def order_said(results):
     for name, title in MAPS.items():
         config, summary = results[name]
         said = order.counts(config, summary)
-        best = {way: order.tuned(summary, arms) for way, arms in order.tuned_arms(config).items()}
-        gap = [best[order.CF_RL][seed] - best[order.CONTROL][seed] for seed in best[order.CF_RL]]
+        gaps = order.tuned_gaps(config, summary)
+        tuned = {base: gaps[order.CF_RL, base] for base in (order.CONTROL, order.CONSTANT)}
+        tuned = [f"{over_seeds(gap, '+.3f')} ({judge(gap, looks=len(gaps))})" for gap in tuned.values()]
         lines.append(
             f"From {title}: in {sum(said.values())} of {len(config.cells)} cells stage 1 leaves something to do. There "
             f"CF-RL is ahead of its control in {said['more']}, behind in {said['less']}, equal (within "
             f"{MARGIN:g}) in {said['equal']}, and {said['undecided']} are undecided at {config.seeds} seeds, all asked "
             "together. Each at its best cell, chosen on other seeds: CF-RL minus its control "
-            f"{over_seeds(gap, '+.3f')} ({judge(gap)})."
+            f"{tuned[0]}, minus plain RL with two constant rates {tuned[1]}."
         )
     return wrapped(" ".join(lines))
 
@@ -350,6 +409,7 @@ def wrapped(text, indent=""):
 def sections(results, positions, update, effects):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
+    real = results["real"][1] | {"rl-sgd": results["real-sgd"][1]["rl-sgd"]}
     rl = [arm for arm in config.arm_list if config.rl(arm).reward is verified]
     learnt = {arm: summary[arm] for arm in rl}
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
@@ -390,11 +450,16 @@ def sections(results, positions, update, effects):
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "order": order_said(results),
+        "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
+        "real paired": markdown(*real_paired(results["real"][1])),
+        "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
+        "real geometry": markdown(*geometry_rows(real)),
         **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
         **{f"{name} tuned": markdown(*order.tuned_table(*results[name])) for name in MAPS},
         **{f"{name} accounts": markdown(*order.accounting_table(*results[name], ACCOUNTED)) for name in MAPS},
         **{f"{name} lost": markdown(*order.lost_table(*results[name])) for name in MAPS},
+        "sizes": markdown(*size_table(results)),
         "order effects": markdown(*order.effects_table(effects)),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
@@ -471,6 +536,7 @@ def main(folders):
     figures.plot_kernel(update, HERE / "kernel.png")
     figures.plot_influence(update, HERE / "influence.png")
     figures.plot_loop(HERE / "loop.png")
+    figures.plot_sizes(sizes(results), HERE / "sizes.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
     for page, text in rewritten(sections(results, positions, update, effects)).items():
         write_text(page, text)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "tests" / "README.md"
+NEED_TRL = ("test_trl_recipe", "test_trl_microscope", "test_real_model")
 SECONDS = 120  # for the tests of a row; what hangs is as dead as what fails
 
 MUTANTS = [
@@ -62,10 +63,10 @@ MUTANTS = [
     ("experiments/measures.py", "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k", "test_measures"),
     ("experiments/measures.py", "probe_logits = model.classifier(features)", "probe_logits = batch.state_logits", "test_measures"),
     ("experiments/measures.py", "rollout(model, task, prompts, 1).rewards", "rollout(model, task, prompts, 1, generator).rewards", "test_measures"),
-    ("experiments/arms.py", "**ARMS[arm].changes(self))", "**{})", "test_arms"),
+    ("experiments/arms.py", "**arm_named(arm).changes(self))", "**{})", "test_arms"),
     ("experiments/arms.py", "draws, rl = generator(seed, \"rl\")", "draws, rl = generator(seed, arm)", "test_arms"),
     ("experiments/arms.py", "zlib.crc32(f\"{purpose} {seed}\".encode())", "zlib.crc32(purpose.encode())", "test_arms"),
-    ("experiments/tables.py", "elif control <= cf_rl + config.eval_every:", "elif control <= cf_rl:", "test_tables"),
+    ("experiments/tables.py", "elif len(faster) == 2:", "elif faster:", "test_tables"),
     ("experiments/runs.py", "elif not (out / \"config.json\").exists():", "elif False:", "test_runs"),
     ("model.py", "math.sqrt(d // self.n_head)", "math.sqrt(d)", "test_model"),
     ("model.py", "nn.GELU()", "nn.ReLU()", "test_model"),
@@ -83,7 +84,7 @@ MUTANTS = [
     ("minicfrl.py", "(model.classifier, config.classifier_lr) if stage == 1", "(model, config.classifier_lr) if stage == 1", "test_train"),
     ("minicfrl.py", "if trained != \"body\" else []", "", "test_train"),
     ("ntk.py", "F.cosine_similarity(R, both, dim=1)", "F.cosine_similarity(*parts, dim=1)", "test_one_update"),
-    ("experiments/tables.py", "t * statistics.stdev(values) / math.sqrt(n)", "t * statistics.stdev(values)", "test_tables"),
+    ("experiments/verdicts.py", "statistics.stdev(values) / math.sqrt(len(values))", "statistics.stdev(values)", "test_verdicts"),
     ("experiments/tables.py", "max(0, n - free)", "n", "test_tables"),
     ("minicfrl.py", "getattr(torch.optim, OPTIMIZERS[config.optimizer])", "torch.optim.Adam", "test_train"),
     ("experiments/measures.py", "passed[k] + pass_at_k(samples, correct, k)", "passed[k] + pass_at_k(samples, correct, 1)", "test_measures"),
@@ -118,11 +119,10 @@ MUTANTS = [
     ("ntk.py", "top * (dlogits", "(dlogits", "test_confidence"),
     ("ntk.py", "= change - by_W - by_body", "= change - by_W", "test_one_update"),
     ("experiments/measures.py", "moved_W.classifier = model.classifier", "moved_W = model", "test_measures"),
-    ("experiments/measures.py", "cosines(features[kind] - features[kind].mean(dim=0))", "cosines(features[kind])", "test_measures"),
+    ("experiments/measures.py", "cosines(kind - kind.mean(dim=0))", "cosines(kind)", "test_measures"),
     ("experiments/measures.py", "* math.sqrt(now.gradient.size(1))", "", "test_measures"),
     ("ntk.py", "cumsum(dim=1) == 1", "cumsum(dim=1) == 2", "test_one_update"),
-    ("experiments/measures.py", "probe.state_mask & (probe.state_mask.cumsum(dim=1) == 1)", "probe.state_mask & (probe.state_mask.cumsum(dim=1) == 2)", "test_measures"),
-    ("experiments/measures.py", "(batch.state_mask.cumsum(dim=1) == 1)[batch", "(batch.state_mask.cumsum(dim=1) == 2)[batch", "test_patterns"),
+    ("experiments/measures.py", "(mask.cumsum(dim=1) == 1)[mask]", "(mask.cumsum(dim=1) == 2)[mask]", "test_patterns"),
     ("experiments/measures.py", "cosine_similarity(by_W.gradient", "cosine_similarity(now.gradient", "test_measures"),
     ("experiments/arms.py", "imitated + record", "record", "test_arms"),
     ("experiments/arms.py", "mixture=mixture)", ")", "test_arms"),
@@ -164,7 +164,7 @@ MUTANTS = [
     ("experiments/arms.py", "batch.logp.masked_fill(~batch.mask[:, 1:], 0.0).sum(dim=1)", "batch.logp.sum(dim=1)", "test_patterns"),
     ("experiments/arms.py", "model = copy.deepcopy(start)\n", "model = start\n", "test_arms"),
     ("experiments/arms.py", "if imitated == config.rl_steps:", "if imitated:", "test_arms"),
-    ("experiments/arms.py", "if arm not in ARMS or self.arm_list.count(arm) > 1:", "if arm not in ARMS:", "test_cli"),
+    ("experiments/arms.py", "if self.arm_list.count(arm) > 1:", "if False:", "test_cli"),
     ("experiments/arms.py", "torch.randint(2, batch.rewards.shape", "torch.randint(1, batch.rewards.shape", "test_arms"),
     ("experiments/measures.py", "for m in policies))", "for m in policies[::-1]))", "test_measures"),
     ("experiments/measures.py", "return self.step in (0, self.config.rl_steps)", "return self.step == self.config.rl_steps", "test_measures"),
@@ -173,11 +173,11 @@ MUTANTS = [
     ("experiments/measures.py", "different += len({task.answer(response) for response in batch.responses})", "different += len(set(batch.responses))", "test_measures"),
     ("experiments/measures.py", "answers = [task.answer(response) for response in batch.responses]", "answers = batch.responses", "test_measures"),
     ("experiments/measures.py", "pairs = scene.all_pairs if scene.at_an_end else scene.some_pairs", "pairs = scene.some_pairs", "test_measures"),
-    ("experiments/measures.py", "scene.draws(\"evaluation\")", "generator(scene.step, \"evaluation\")", "test_measures"),
+    ("experiments/measures.py", "scene.draws(\"evaluation\"), SAMPLES", "generator(scene.step, \"evaluation\"), SAMPLES", "test_measures"),
     ("experiments/measures.py", "Measure(kernel, at_stage_ends, KERNEL)", "Measure(kernel, at_every_look, KERNEL)", "test_measures"),
     ("experiments/measures.py", "if any(not torch.equal(p, q)", "if any(torch.equal(p, q)", "test_measures"),
     ("experiments/runs.py", "self.before.load_state_dict(self.model.state_dict())", "pass", "test_measures"),
-    ("experiments/runs.py", "{name: value + seen[name] for name, value in self.so_far.items()}", "{name: seen[name] for name in self.so_far}", "test_measures"),
+    ("experiments/runs.py", "{name: value + seen.get(name, math.nan) for name, value in self.so_far.items()}", "{name: seen.get(name, math.nan) for name in self.so_far}", "test_measures"),
     ("experiments/runs.py", "update = {name: record.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}", "update = NO_UPDATE | SO_FAR | record", "test_measures"),
     ("experiments/runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_runs"),
     ("experiments/runs.py", "threading.Thread(target=end_with_parent, daemon=True).start()", "pass", "test_runs"),
@@ -201,12 +201,12 @@ MUTANTS = [
     ("ntk.py", "here = F.one_hot(t, tokens.size(1))[:, :-1]", "here = F.one_hot(t, tokens.size(1)).cumsum(1)[:, :-1]", "test_influence"),
     ("ntk.py", "g = residuals(phi @ W.T, tokens[row, t + 1])", "g = residuals(phi @ W.T, tokens[row, t])", "test_influence"),
     ("ntk.py", "if mask[:, -1].any():", "if False:", "test_influence"),
-    ("experiments/claims.py", "for x, y in zip(self.summary[arm][name], self.summary[base][name], strict=True)", "for x, y in zip(self.summary[arm][name], self.summary[arm][name], strict=True)", "test_readme"),
+    ("experiments/tables.py", "for each in (arm, base)]\n    return [values", "for each in (arm, arm)]\n    return [values", "test_tables"),
     ("experiments/claims.py", "min(curve) / curve[0]", "min(curve) / curve[-1]", "test_readme"),
     ("experiments/report.py", "wrapped(f\"- {text}\", \"  \")", "wrapped(f\"- {text}\", \"\")", "test_readme"),
     ("experiments/report.py", "lambda found, text=text: f\"{found[1]}{text}\\n{found[2]}\"", "lambda found: f\"{found[1]}{text}\\n{found[2]}\"", "test_readme"),
     ("train_toy.py", "if not asking_a_saved_run(args):\n        open_out", "if True:\n        open_out", "test_cli"),
-    ("train_toy.py", "self.exit(2,", "self.exit(1,", "test_cli"),
+    ("experiments/flags.py", "self.exit(2,", "self.exit(1,", "test_cli"),
     ("train_toy.py", "return 1 if complaints else 0", "return 0", "test_runs"),
     ("train_toy.py", "Watch(config, out, seed, \"sft\", task, model, seconds).write_row({})", "Watch(config, out, seed, \"sft\", task, model, seconds).write_row({\"step\": 1})", "test_measures"),
     ("experiments/trl_recipe.py", "model.requires_grad_(state.global_step >= self.k or not self.freeze)", "model.requires_grad_(state.global_step > self.k or not self.freeze)", "test_trl_recipe"),
@@ -223,6 +223,54 @@ MUTANTS = [
     ("experiments/trl_recipe.py", "classifier_lr / lr if step < k else 1.0", "classifier_lr / lr if step <= k else 1.0", "test_trl_recipe"),
     ("experiments/trl_recipe.py", "weight_decay=0.0", "weight_decay=0.1", "test_trl_recipe"),
     ("experiments/trl_recipe.py", "if all(p is not q for q in classifier)", "if p.ndim > 1 and all(p is not q for q in classifier)", "test_trl_recipe"),
+    ("experiments/verdicts.py", "cos().clamp(min=0) ** (freedom - 1)", "cos().clamp(min=0) ** freedom", "test_verdicts"),
+    ("experiments/verdicts.py", "student_t((1 + level) / 2", "student_t(level", "test_verdicts"),
+    ("experiments/verdicts.py", "1 - 0.1 / looks) < margin", "1 - 0.1 * looks) < margin", "test_verdicts"),
+    ("experiments/verdicts.py", "1 - 0.05 / looks)", "1 - 0.05)", "test_verdicts"),
+    ("experiments/verdicts.py", "\"more\" if mean > 0", "\"more\" if mean < 0", "test_verdicts"),
+    ("experiments/verdicts.py", "abs(mean) + half_width(differences, 1 - 0.1", "half_width(differences, 1 - 0.1", "test_verdicts"),
+    ("experiments/verdicts.py", "if len(values) < 2:", "if not values:", "test_verdicts"),
+    ("experiments/verdicts.py", "not differences or not all(", "not all(", "test_verdicts"),
+    ("experiments/arms.py", "\"classifier_lr\": multiple * config.lr,", "\"classifier_lr\": multiple,", "test_order"),
+    ("experiments/arms.py", "\"classifier_steps\": length,", "", "test_order"),
+    ("experiments/arms.py", "constant = [(self.rl_steps, multiple)", "constant = [(1, multiple)", "test_order"),
+    ("experiments/arms.py", "if bool(self.stage_lengths) != bool(self.rate_multiples):", "if False:", "test_order"),
+    ("experiments/arms.py", "if not all(0 < value < math.inf for value in values):", "if False:", "test_order"),
+    ("experiments/order.py", "step <= cell[0] and value", "value", "test_order"),
+    ("experiments/order.py", "(arm_at(CF_RL, cell), arm_at(CONTROL, cell)) for", "(arm_at(CF_RL, cell), arm_at(CONTROL, config.cells[0])) for", "test_order"),
+    ("experiments/order.py", "judge(cells[cell], looks=len(config.cells)) for cell in open_cells", "judge(cells[cell], looks=len(config.cells)) for cell in cells", "test_order"),
+    ("experiments/order.py", "for other in seeds - {seed}", "for other in seeds", "test_order"),
+    ("experiments/order.py", "np.maximum(steps - length, 0)", "steps", "test_order"),
+    ("experiments/order.py", "np.where(steps <= length, 2, 4)", "np.where(steps <= length, 4, 4)", "test_order"),
+    ("experiments/order.py", "min(cost[-1] for cost in pair)", "max(cost[-1] for cost in pair)", "test_order"),
+    ("experiments/order.py", "np.append(np.diff(cost) > 0, True)", "np.append(True, np.diff(cost) > 0)", "test_order"),
+    ("experiments/order.py", "(1 - k / (2 * T))", "(1 - k / T)", "test_order"),
+    ("experiments/order.py", "[((\"classifier\",), updates), ((\"body\",), updates)]", "[((\"classifier\",), updates)]", "test_order"),
+    ("experiments/any_model.py", "return phi0 @ dW.T, dphi @ W0.T, dphi @ dW.T", "return phi1 @ dW.T, dphi @ W0.T, dphi @ dW.T", "test_any_model"),
+    ("experiments/any_model.py", "dphi @ W0.T, dphi @ dW.T", "dphi @ W1.T, dphi @ dW.T", "test_any_model"),
+    ("experiments/any_model.py", "(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (phi0, W0, phi1, W1))", "(phi0, W0, phi1, W1)", "test_any_model"),
+    ("experiments/any_model.py", "\"by_body\": through_body}", "\"by_body\": through_body + cross}", "test_any_model"),
+    ("experiments/any_model.py", "eps / 2 / share < 10 * share", "True", "test_any_model"),
+    ("experiments/any_model.py", "jvp(features, (after,), (update,))", "jvp(features, (after,), (after,))", "test_any_model"),
+    ("experiments/any_model.py", "or W0.shape[1:] != phi0.shape[1:]", "", "test_any_model"),
+    ("experiments/real_model.py", "cache = [[part[before] for part in block] for block in cache]", "cache = [[part[: len(before)] for part in block] for block in cache]", "test_real_model"),
+    ("experiments/real_model.py", "head.weight.detach().clone()", "head.weight", "test_real_model"),
+    ("experiments/real_model.py", "self.body(distinct[:, start:], cache)[now]", "self.body(distinct[:, start:], cache)", "test_real_model"),
+    ("experiments/real_model.py", "sum(dim=1).exp()", "mean(dim=1).exp()", "test_real_model"),
+    ("experiments/real_model.py", "response == str(int(a) + int(b))", "response.startswith(str(int(a) + int(b)))", "test_real_model"),
+    ("experiments/real_model.py", "self.phi, self.W = phi, W", "self.phi = phi", "test_real_model"),
+    ("experiments/real_model.py", "type(head) is not nn.Linear or head.bias is not None", "type(head) is not nn.Linear", "test_real_model"),
+    ("experiments/real_model.py", "if needed > there:", "if False:", "test_real_model"),
+    ("experiments/trl_microscope.py", "control.should_log = due", "pass", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "model.train(training)", "pass", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "self.before = self.before, self.look()", "self.before = self.before, self.before", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "Trainer.log(self.trainer, {", "self.trainer.log({", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "if not torch.allclose(", "if False and torch.allclose(", "test_trl_microscope"),
+    ("experiments/runs.py", "in_range = all(", "in_range = True or all(", "test_fuzz"),
+    ("experiments/runs.py", "== expected\n", "is not None\n", "test_fuzz"),
+    ("experiments/runs.py", "odd = sorted(names ^ known)", "odd = []", "test_runs"),
+    ("experiments/runs.py", "text[: text.rfind(\"\\n\") + 1]", "text", "test_runs"),
+    ("experiments/runs.py", "if zipfile.ZipFile(io.BytesIO(content)).testzip():", "if False:", "test_runs"),
 ]  # fmt: skip
 
 
@@ -277,9 +325,9 @@ def killer(folder, row, known):
 def main(words):
     chosen = [row for row in MUTANTS if all(word in " ".join(row) for word in words)]
     if importlib.util.find_spec("trl") is None:
-        skipped = [row for row in chosen if row[3] == "test_trl_recipe"]
+        skipped = [row for row in chosen if row[3] in NEED_TRL]
         chosen = [row for row in chosen if row not in skipped]
-        print(f"{len(skipped)} rows about the recipe are left out: they need the extra trl")
+        print(f"{len(skipped)} rows about real models are left out: they need the extra trl")
     known, mine = known_killers(), threading.local()
     with tempfile.TemporaryDirectory() as name, tqdm(total=len(chosen), disable=None) as bar:
 

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import tiny_gpt
 from tiny_runs import refused, rows_of, run
 
 from experiments.arms import Config, coin_flips, generator
@@ -14,11 +15,13 @@ from experiments.order import (
     counts,
     differences,
     finished_in_stage_1,
+    lost_per_update,
     map_table,
+    order_effect,
     tuned,
     tuned_arms,
 )
-from minicfrl import Addition, RLConfig, train_rl
+from minicfrl import Addition, RLConfig, rollout, train_rl
 from model import GPT, GPTConfig
 
 MAP = ("--arms", "rl", "--stage-lengths", "1,2", "--rate-multiples", "1,5")
@@ -165,6 +168,28 @@ def test_equal_budgets_of_four_kinds_by_hand():
     assert at_equal(summary, "long", "rl", 0, "tokens")[0] == pytest.approx(-0.2, abs=1e-9)
     # in updates of plain RL: the arm waits for 2, and ends at 6: -(0.1 b) up to 2, then -0.2: areas 0.2 and 0.8 over 6
     assert at_equal(summary, "arm", "rl", 4, "operations")[0] == pytest.approx(-1.0 / 6, abs=2e-3)
+
+
+def test_the_loss_per_update_is_one_number_where_freezing_only_delays():
+    """A made-up map whose cells lose 0.005 K (1 - K / 16) at plain RL's rate, as theory says for T = 8 updates."""
+    lost = {"2x1": 0.005 * 2 * (1 - 2 / 16), "4x1": 0.005 * 4 * (1 - 4 / 16)}
+    config, summary = made_up(lambda cell, seed: -lost.get(cell, 0.0))
+    assert lost_per_update(config, summary) == {k: pytest.approx([0.005] * 10) for k in (2, 4)}
+
+
+def test_the_order_of_two_moves_is_of_second_order():
+    """W, then the body, against both at once, on one batch: relative to the move itself the difference falls with the
+    rates, where a first-order difference would stay. An eighth of the rates leaves .27 and .18 of it here, not 1/8: by
+    Adam, gradients near zero that change their sign move a whole step the other way."""
+    model, task = tiny_gpt(0, vocab_size=17, block_size=11, n_embd=16), Addition(1)
+    batch = rollout(model, task, ["1+2=", "7+8="], 8, generator(1, "x"))
+    advantages, rates = torch.randn(16, generator=generator(2, "x")), {"classifier": 0.02, "body": 0.002}
+    for updates in (1, 4):
+        full, eighth = (
+            order_effect(model, batch, advantages, {part: scale * rate for part, rate in rates.items()}, updates)
+            for scale in (1, 1 / 8)
+        )
+        assert 0 < eighth < 0.4 * full < 0.1
 
 
 def test_the_accounts_say_how_many_were_asked_together():

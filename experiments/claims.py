@@ -25,7 +25,8 @@ class Evidence:
     def says(self, differences, more="yes", less="no, the reverse", equal="", margin=MARGIN):
         """The verdict on paired differences in the words of a claim; of a tie and of doubt it says so."""
         equal = equal or f"no difference (within {margin:g})"
-        words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {len(differences)} seeds")
+        count = len(differences)
+        words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {count} seed{'s' * (count > 1)}")
         return words[judge(differences, margin)]
 
     def values(self, arm, name):
@@ -148,36 +149,11 @@ FIRST_PAPER = (
         "confidence",
     ),
     (
-        "features are alike, their inner products positive",
-        lambda e: (
-            f"at the ends of prompts {e.says(more_than(0.9, e.values('sft', 'positive_prompt')), less='no')}, within "
-            f"responses {e.says(more_than(0.9, e.values('sft', 'positive_continuation')), less='no')} (9 in 10 are)"
-        ),
-        lambda e: (
-            f"mean cosine {e.of('sft', 'cosine_prompt')}, within {e.of('sft', 'cosine_continuation')}; share of "
-            f"positive ones {e.of('sft', 'positive_prompt', '.0%')}, {e.of('sft', 'positive_continuation', '.0%')}"
-        ),
-        "confidence",
-    ),
-    (
         "so confidence rises through R, by moving W",
         lambda e: e.mostly_through_W("rl-sgd", "cf-rl", CONTROL, "rl"),
         lambda e: (
             f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, cf-rl {e.through_W('cf-rl')}, "
             f"control {e.through_W('rl-classifier-lr')}, rl {e.through_W('rl')}"
-        ),
-        "confidence",
-    ),
-    (
-        "CF-RL learns faster than RL",
-        lambda e: (
-            f"{e.faster('cf-rl')}; the control is {e.faster(CONTROL)}; at one common rate {e.faster('cf-rl-same-lr')}; "
-            f"CF-RL against its control: {e.faster('cf-rl', CONTROL)}"
-        ),
-        lambda e: (
-            f"accuracy over the run, minus rl's: cf-rl {e.minus('cf-rl', 'rl')}, control "
-            f"{e.minus('rl-classifier-lr', 'rl')}, one rate {e.minus('cf-rl-same-lr', 'rl')}; cf-rl minus "
-            f"control {e.minus('cf-rl', 'rl-classifier-lr')}"
         ),
         "confidence",
     ),
@@ -188,19 +164,6 @@ FIRST_PAPER = (
             f"over the run {e.minus('cf-rl', 'rl')}, control {e.minus('rl-classifier-lr', 'rl')}; at "
             f"the end {e.minus('cf-rl', 'rl', 'accuracy')}; cf-rl minus control "
             f"{e.minus('cf-rl', 'rl-classifier-lr')}"
-        ),
-        "learning",
-    ),
-    (
-        "stage 1 alone gains little",
-        lambda e: (
-            f"{e.says(e.gap('classifier-only', 'sft', 'accuracy'), 'no, it gains', 'it loses')}; against rl at the end "
-            f"{e.at('confidence').ends('classifier-only')}, in `learning` {e.ends('classifier-only')}"
-        ),
-        lambda e: (
-            f"W alone ends at {e.at('confidence').of('classifier-only', 'accuracy')} "
-            f"(rl {e.at('confidence').of('rl', 'accuracy')}); in `learning` {e.of('classifier-only', 'accuracy')} "
-            f"(rl {e.of('rl', 'accuracy')}, start {e.of('sft', 'accuracy')})"
         ),
         "learning",
     ),

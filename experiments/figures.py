@@ -92,9 +92,10 @@ def plot_order(maps, path):
             image = axes.imshow(means, cmap="RdBu", vmin=-0.15, vmax=0.15, aspect="auto")
             for y, x in itertools.product(range(len(lengths)), range(len(multiples))):
                 text = table[y + 1][x + 1]
-                axes.text(x, y, text.strip("()"), ha="center", va="center", fontsize=9)
+                colour = "white" if abs(means[y][x]) > 0.1 else "black"
+                axes.text(x, y, text.strip("()"), ha="center", va="center", fontsize=9, color=colour)
                 if text.startswith("("):
-                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#888888"))
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#cccccc"))
             axes.set_xticks(range(len(multiples)), [f"{m:g}×" for m in multiples])
             axes.set_yticks(range(len(lengths)), lengths)
             axes.set(title=title, xlabel="classifier rate in stage 1", ylabel="updates of stage 1, K")

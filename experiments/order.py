@@ -110,17 +110,16 @@ def tuned_table(config, summary):
     return rows
 
 
-def budgets(curves, length, of):
-    """What every evaluation of a run has cost so far, seed by seed, counted in one of four ways."""
-    for seed, steps in enumerate(map(np.array, curves["step"])):
-        if of == "stage 1 for free":
-            yield np.maximum(steps - length, 0)
-        elif of == "samples":
-            yield steps
-        elif of == "tokens":
-            yield np.array(curves["tokens"][seed])
-        else:  # a token is sampled (1) and scored (1), and in stage 2 differentiated (2): in forward passes
-            yield np.cumsum(np.diff(curves["tokens"][seed], prepend=0) * np.where(steps <= length, 2, 4))
+def cost(steps, tokens, length, of):
+    """What every evaluation of a run has cost so far, counted in one of four ways."""
+    if of == "stage 1 for free":
+        return np.maximum(steps - length, 0)
+    if of == "samples":
+        return steps
+    if of == "tokens":
+        return tokens
+    # A token is sampled (1) and scored (1), and in stage 2 differentiated (2): in forward passes.
+    return np.cumsum(np.diff(tokens, prepend=0) * np.where(steps <= length, 2, 4))
 
 
 ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
@@ -128,20 +127,21 @@ ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
 
 def at_equal(summary, arm, base, length, of):
     """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's K."""
-    sides = [(summary[name]["curves"], k) for name, k in ((arm, length), (base, 0))]
-    costs = [list(budgets(curves, k, of)) for curves, k in sides]
-    gaps = []
-    for seed, pair in enumerate(zip(*costs, strict=True)):
-        grid = np.linspace(0, min(cost[-1] for cost in pair), 201)
-        accuracies = [curves["accuracy"][seed] for curves, _ in sides]
-        # of several evaluations at one cost, as with stage 1 for free, the last counts
-        kept = [np.append(np.diff(cost) > 0, True) for cost in pair]
-        means = [
-            np.interp(grid, cost[keep], np.array(accuracy)[keep]).mean()
-            for cost, accuracy, keep in zip(pair, accuracies, kept, strict=True)
-        ]
-        gaps.append(float(means[0] - means[1]))
-    return gaps
+    means = []
+    seeds = [seed for seed in summary[arm]["seed"] if seed in summary[base]["seed"]]
+    for seed in seeds:
+        runs = []
+        for name, k in ((arm, length), (base, 0)):
+            curves, i = summary[name]["curves"], summary[name]["seed"].index(seed)
+            steps, tokens, accuracy = (
+                np.array(curves.get(what, curves["step"])[i]) for what in ("step", "tokens", "accuracy")
+            )
+            paid = cost(steps, tokens, k, of)
+            last = np.append(np.diff(paid) > 0, True)  # of several evaluations at one cost, as with stage 1 for free
+            runs.append((paid[last], accuracy[last]))
+        grid = np.linspace(0, min(paid[-1] for paid, _ in runs), 201)
+        means.append([np.interp(grid, *run).mean() for run in runs])
+    return [float(own - other) for own, other in means]
 
 
 def accounting_table(config, summary, cells):

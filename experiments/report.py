@@ -269,6 +269,7 @@ KL_COLUMNS = (
     ("pass@64", "best_of_64", ".2f"),
     ("answers in 64", "different_answers", ".1f"),
 )
+SPLIT_COLUMNS = (*tables.MICROSCOPE[:3], ("both together", *tables.MICROSCOPE[3][1:]))
 REAL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
     ("over the run", "accuracy_over_the_run", ".2f"),
@@ -363,10 +364,11 @@ def found(results):
         f"rates](experiments/results.md#order) CF-RL is {cells[0]} cells that can tell; from a start that cannot add "
         f"yet {cells[1]}. Against plain RL with two constant rates, both tuned: {over_seeds(constant[0], '+.2f')}; "
         f"{over_seeds(constant[1], '+.2f')}.",
-        f"**In a pretrained model, SmolLM2-135M, CF-RL is {real.faster('cf-rl')}**: {lead['cf-rl'][1]}, its control "
-        f"{lead[claims.CONTROL][1]} ({real.config.seeds} seeds). There {real.through_W('rl')} of the rise of "
-        f"confidence goes through the classifier, in the toy {toy.through_W('rl')}. [Side by "
-        "side](#toy-and-real-model).",
+        f"**In a pretrained model, SmolLM2-135M, CF-RL against plain RL: {real.faster('cf-rl')}**, "
+        f"{lead['cf-rl'][1]}; its control: {real.faster(claims.CONTROL)}, {lead[claims.CONTROL][1]} "
+        f"({real.config.seeds} seeds). Stage 1 alone gains {real.minus('classifier-only', 'sft', 'accuracy')}, in the "
+        f"toy {toy.minus('classifier-only', 'sft', 'accuracy')}; of the rise of confidence {real.through_W('rl')} goes "
+        f"through the classifier, in the toy {toy.through_W('rl')}. [Side by side](#toy-and-real-model).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}. On fixed states it rises by "
         f"{rises['rl-sgd']} with SGD, {toy.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
@@ -452,7 +454,7 @@ def sections(results, positions, update, effects):
         "order": order_said(results),
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
         "real paired": markdown(*real_paired(results["real"][1])),
-        "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
+        "real microscope": markdown(*tables.table(tables.without_start(real), SPLIT_COLUMNS)),
         "real geometry": markdown(*geometry_rows(real)),
         **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
@@ -516,11 +518,7 @@ def main(folders):
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if config.cells:
-            keep = ("seed", tables.RUN, "accuracy", "curves")
-            trim = {arm: {name: row[name] for name in keep} for arm, row in record["summary"].items()}
-            for row in trim.values():
-                row["curves"] = {name: row["curves"][name] for name in ("step", "tokens", "accuracy")}
-            record["summary"] = trim
+            record["summary"] = without_the_rest(record["summary"])
             if experiments[config] == "order":
                 record["effects"] = rounded(order.order_effects(config, out))
         if experiments[config] == "confidence":
@@ -540,6 +538,15 @@ def main(folders):
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
     for page, text in rewritten(sections(results, positions, update, effects)).items():
         write_text(page, text)
+
+
+def without_the_rest(summary):
+    """Of a map's summary what the pages show: its hundreds of curves would be most of results.json."""
+    kept = {arm: {name: row[name] for name in ("seed", tables.RUN, "accuracy")} for arm, row in summary.items()}
+    for arm in kept:
+        if order.CONTROL not in arm:
+            kept[arm]["curves"] = {name: summary[arm]["curves"][name] for name in ("step", "tokens", "accuracy")}
+    return kept
 
 
 def rounded(values):

@@ -172,26 +172,27 @@ def verdict(config, summary):
     if not all(arm in summary for arm in arms):
         return f"No verdict without all of {', '.join(arms)}."
     words = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
-    names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "the matched control, which freezes nothing,"}
+    names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "its control"}
     said, parts = {}, []
     for arm, base in (arms[1::-1], arms[2::-2], arms[1:]):
         gaps = paired(summary, arm, base)
         said[arm, base] = judge(gaps)
-        parts.append(
-            f"{names[arm]} minus {names[base].rstrip(',')} {over_seeds(gaps, '+.3f')}: {words[said[arm, base]]}"
-        )
+        word = f": {words[said[arm, base]]}" if config.seeds > 1 else ""
+        parts.append(f"{names[arm]} minus {names[base]} {over_seeds(gaps, '+.3f')}{word}")
     updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
     took = [f"{n:g}" if (n := statistics.median(values)) < math.inf else "more" for values in updates]
     faster = [arm for arm in arms[1:] if said[arm, "rl"] == "more"]
     cause = ""
-    if said[arms[1:]] == "more" and "cf-rl" in faster:
+    if config.seeds == 1:
+        cause = " One seed decides nothing: --seeds 5 gives intervals and verdicts."
+    elif said[arms[1:]] == "more" and "cf-rl" in faster:
         cause = " So training the classifier first helped, beyond its learning rate."
     elif len(faster) == 2:
         cause = " So a classifier that learns faster is enough, and nothing need be frozen."
-    seeds = f"{config.seeds} seeds, 95% intervals" if config.seeds > 1 else "one seed, which decides nothing"
     return (
-        f"Mean held-out accuracy over the run at equal samples ({seeds}): {'; '.join(parts)}.{cause} Accuracy "
-        f"{config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of {config.rl_steps} updates."
+        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control, rl-classifier-lr, "
+        f"freezes nothing.{cause} Accuracy {config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of "
+        f"{config.rl_steps} updates."
     )
 
 

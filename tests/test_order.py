@@ -146,11 +146,12 @@ def test_a_tuned_arm_is_chosen_on_the_other_seeds():
 def straight(slope, tokens, wait=0, steps=9):
     """Accuracy that rises by `slope` an update after the first `wait`; so many tokens an update."""
     return {
+        "seed": [0],
         "curves": {
             "step": [list(range(steps))],
             "accuracy": [[slope * max(0, n - wait) for n in range(steps)]],
             "tokens": [[n * tokens for n in range(steps)]],
-        }
+        },
     }
 
 

@@ -4,6 +4,7 @@ trainer.add_callback(Microscope(trainer, tokens, mask))       # tokens (B, T) an
 """
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from experiments.any_model import exact_split, split_effect
@@ -14,10 +15,11 @@ class Microscope(TrainerCallback):
     """Logs, after every `every` updates, what they did on fixed states: entropy and top-1 probability, their change,
     and what the moves of W alone and of the body alone would have done (any_model.split_effect, by the exact split).
 
-    It costs one forward pass of the body over `tokens` per row, one more when training begins, and a copy of W and of
-    the features: what was after the last row is before this one. The weights and the random numbers of the training are
-    not touched. The rows appear in log_history and wherever the trainer reports to. All processes look, and what they
-    see is the same; the trainer logs in one. ValueError if the model's logits are not W phi.
+    It costs one forward pass of the body over `tokens` per row, two when training begins, and a copy of W and of the
+    features: what was after the last row is before this one. The weights and the random numbers of the training are not
+    touched. The rows appear in log_history and wherever the trainer reports to. All processes look, also where FSDP2
+    shards the model, and what they see is the same; the trainer logs in one. ValueError if the model's logits are not
+    W phi.
     """
 
     def __init__(self, trainer, tokens, mask, every=1):
@@ -27,20 +29,24 @@ class Microscope(TrainerCallback):
         self.trainer, self.tokens, self.mask, self.every = trainer, tokens, mask, every
 
     @torch.no_grad()
+    def passed(self, **how):
+        """The whole model, called from above so that what is sharded is there, over `tokens`."""
+        model = self.trainer.model
+        training = model.training
+        model.eval()  # dropout would be noise, and draw random numbers that are not ours
+        output = model(self.tokens.to(model.device), output_hidden_states=True, **how)
+        model.train(training)
+        return output
+
     def look(self):
         """The features (N, d) and the classifier (V, d) as they are now."""
-        model = self.trainer.model
-        training, tokens = model.training, self.tokens.to(model.device)
-        model.eval()  # dropout would be noise, and draw random numbers that are not ours
-        phi = model.base_model(tokens).last_hidden_state[self.mask.to(model.device)]
-        model.train(training)
-        return phi, model.get_output_embeddings().weight.detach().clone()
+        phi = self.passed(logits_to_keep=1).hidden_states[-1]  # (B, T, d), and logits where they are fewest
+        W = self.trainer.model.get_output_embeddings().weight.detach()
+        return phi[self.mask.to(phi.device)], W.full_tensor() if isinstance(W, DTensor) else W.clone()
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.before = phi, W = self.look()
-        with torch.no_grad():
-            logits = model.eval()(self.tokens.to(phi.device)).logits[self.mask.to(phi.device)]
-        model.train()
+        logits = self.passed().logits[self.mask.to(phi.device)]
         if not torch.allclose(phi @ W.T, logits, rtol=1e-2, atol=1e-2):
             raise ValueError(f"the logits of {type(model).__name__} are not W phi: it cannot be split")
 

@@ -3,7 +3,9 @@
 Why each refusal, and what else to know:
 - Parameters frozen before train() never enter the optimiser, silently, and a second train() reuses it: both refused.
 - Most small models tie the classifier to the token embedding; trained "alone" it would move the features: refused.
-- FSDP and ZeRO shard parameters when training begins: refused. Make two runs, the first with the body frozen.
+- Sharded parameters (FSDP2) are all right if the model is sharded as it is loaded, under torchrun, for N processes:
+  from_pretrained(..., distributed_config=transformers.distributed.DistributedConfig(fsdp_size=N)). Refused: FSDP by
+  GRPOConfig(fsdp=...), since the trainer then takes no optimizers, and ZeRO, which keeps gradients in its own buffers.
 - TRL checkpoints gradients by default: then stage 1 still backpropagates through the body (an update costs 0.76 of a
   full one instead of 0.34), and DDP fails unless ddp_find_unused_parameters=True.
 - TRL clips gradients by default, in stage 1 by the norm of W's alone: then the control is no longer matched.
@@ -31,7 +33,9 @@ class ClassifierFirst(TrainerCallback):
         if type(self.k) is not int or not 0 <= self.k <= state.max_steps:
             raise ValueError(f"k={self.k} is not between 0 and max_steps={state.max_steps}")
         if args.fsdp or args.deepspeed:
-            raise ValueError("FSDP and ZeRO cannot change what learns: make two runs, the first with the body frozen")
+            raise ValueError(
+                "no fsdp, no deepspeed: shard by from_pretrained(distributed_config=...), as the recipe says"
+            )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in known or not p.requires_grad for p in model.parameters()):
             raise ValueError(

@@ -1,10 +1,11 @@
-"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run] [--trl]. Not a test: nothing here fails.
+"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run] [--trl] [--real]. No test: nothing fails.
 
 Times are CPU seconds of one thread, except the whole run's. Ratios compare work done in turn within one run, since
 machines are noisy. The floor of a step is its floating-point operations over the matrix-product rate measured here.
 With --kernel also the exact NTK, against PyTorch's own recipe for it (about five minutes, 6 GB), and with --run
 `train_toy.py` with its defaults, three times. With --trl (which takes the extra `trl`) only the same runs by train_rl
-and by TRL's trainer with the README's recipe: do they learn alike, and what does an update cost?
+and by TRL's trainer with the README's recipe: do they learn alike, and what does an update cost? With --real (which
+takes the extras `trl` and `real`, and 12 GB) only the seconds of an update of SmolLM2-135M by each of the two.
 """
 
 import copy
@@ -327,6 +328,36 @@ def stage_costs():
         print(f"{kind}: stage 1 {first:.3f} s, stage 2 {second:.3f} s, ratio {first / second:.2f}")
 
 
+def real_update():
+    """Wall seconds of an update of the real model, sampling included, by train_rl and by TRL: either stage in turn."""
+    import transformers
+    from trl_bridge import after_every_update, trl_trainer
+
+    from experiments.real_model import RealConfig, checkpoint, load
+
+    folder, how = checkpoint(RealConfig())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode("\n")[0])
+    for stage in (1, 2):
+        times, config = {"train_rl": [], "TRL": []}, RLConfig(4, 4 * (stage == 1), prompts=16, lr=3e-5)
+        model, task = load(RealConfig())
+        times["train_rl"].append(time.perf_counter())
+        for _ in train_rl(model, task, config, draws_for(0, "rl")):
+            times["train_rl"].append(time.perf_counter())
+        lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())  # untied
+        watch = after_every_update(lambda step, times=times: times["TRL"].append(time.perf_counter()))
+        with tempfile.TemporaryDirectory() as out:
+            length = task.block_size - task.shared[-1]
+            trainer = trl_trainer(
+                lm, task, config, draws_for(0, "rl"), out, [watch], tokenizer, max_completion_length=length
+            )
+            times["TRL"].append(time.perf_counter())
+            trainer.train()
+        seconds = {name: statistics.median(np.diff(each)[1:]) for name, each in times.items()}
+        print(f"stage {stage}: " + ", ".join(f"{name} {each:.1f} s" for name, each in seconds.items()), flush=True)
+
+
 def without_sampling(trainer):
     """Seconds that the trainer spends on sampling and scoring, one number per update; fills up as it trains."""
     seconds, generate = [], trainer._generate_and_score_completions
@@ -346,6 +377,9 @@ if __name__ == "__main__":
     if "--trl" in sys.argv[1:]:
         learn_alike()
         stage_costs()
+        sys.exit()
+    if "--real" in sys.argv[1:]:
+        real_update()
         sys.exit()
     step_costs()
     if "--kernel" in sys.argv[1:]:

@@ -71,10 +71,11 @@ def from_transformers(hf, gpt):
     return gpt
 
 
-def trl_trainer(hf, task, rl, draws, out, callbacks, **changes):
+def trl_trainer(hf, task, rl, draws, out, callbacks, tokenizer=None, **changes):
     """A GRPOTrainer that does what train_rl does with an RLConfig of Adam and the verifier, as closely as TRL can:
     its loss "dapo" is (E3). What differs: advantages are divided by the sample std + 1e-4 instead of the population
-    std, and random numbers are others."""
+    std, and random numbers are others. Without a tokenizer, for the toy, one token is one character."""
+    tokenizer = tokenizer or character_tokenizer(task.alphabet, task.end_token)
 
     def reward(prompts, completion_ids, **_):
         ended = [ids[-1] == task.end_token for ids in completion_ids]
@@ -87,19 +88,18 @@ def trl_trainer(hf, task, rl, draws, out, callbacks, **changes):
         max_steps=rl.steps,
         per_device_train_batch_size=rl.prompts * rl.samples,
         num_generations=rl.samples,
-        max_completion_length=task.block_size - len(task.prompt(0, 0)),
         scale_rewards="group" if rl.baseline == "std" else "none",
         loss_type="dapo",
         max_grad_norm=0.0,
         shuffle_dataset=False,
-        **PLAIN | changes,
+        **PLAIN | {"max_completion_length": task.block_size - len(task.prompt(0, 0))} | changes,
     )
     trainer = GRPOTrainer(
         hf,
         reward,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": task.prompt(a, b)} for a, b in pairs.tolist()]),
-        processing_class=character_tokenizer(task.alphabet, task.end_token),
+        processing_class=tokenizer,
         callbacks=[ClassifierFirst(rl.classifier_steps), *callbacks],
         optimizers=two_rates(hf, rl.classifier_steps, rl.lr, rl.classifier_lr),
     )

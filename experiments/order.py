@@ -1,6 +1,7 @@
 """Order or rate? What a map over stage lengths and classifier rates says: cf-rl minus its control, cell by cell.
 
-The control moves W at the same rates and freezes nothing, so only the order of the stages is between the two.
+The control moves W at the same rates and freezes nothing. What is between the two is that cf-rl's body rests for K
+updates: what that costs, and what it may bring to train W first.
 """
 
 import copy
@@ -35,12 +36,14 @@ def finished_in_stage_1(config, summary, cell):
 def differences(config, summary, name=RUN):
     """{cell: cf-rl minus control, per seed} for the cells that have finished."""
     pairs = {cell: (arm_at(CF_RL, cell), arm_at(CONTROL, cell)) for cell in config.cells}
-    return {cell: paired(summary, *arms, name) for cell, arms in pairs.items() if all(arm in summary for arm in arms)}
+    gaps = {cell: paired(summary, *arms, name) for cell, arms in pairs.items() if all(arm in summary for arm in arms)}
+    return {cell: values for cell, values in gaps.items() if values}  # not where they stopped on different seeds
 
 
 def map_table(config, summary, name=RUN, interval=False):
-    """A row per stage length, a column per classifier rate: the mean difference; * where it is surely not 0, = where it
-    is surely within the margin, all cells asked together; in brackets where stage 1 alone reaches the threshold."""
+    """A row per stage length, a column per classifier rate: the mean difference; = where it is surely within the
+    margin, * where it is not but surely not 0, all cells asked together; in brackets where stage 1 alone reaches the
+    threshold."""
     cells = differences(config, summary, name)
     lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
     rows = [["K"] + [f"{multiple:g}x" for multiple in multiples]]
@@ -65,44 +68,48 @@ def counts(config, summary):
     return {name: said.count(name) for name in ("more", "less", "equal", "undecided")}
 
 
-def tuned(summary, arms, name=RUN):
-    """{seed: the measure of the arm that is best on the OTHER seeds}: chosen on runs that are not shown."""
-    values = {arm: dict(zip(summary[arm]["seed"], summary[arm][name], strict=True)) for arm in arms if arm in summary}
-    seeds = set.intersection(*(set(each) for each in values.values()))
-    best = {}
-    for seed in sorted(seeds):
-        best[seed] = max(values, key=lambda arm: statistics.fmean(values[arm][other] for other in seeds - {seed}))
-    return {seed: values[arm][seed] for seed, arm in best.items()}
-
-
-def tuned_arms(config):
-    """The three ways to spend two learning rates, each with its choices: cf-rl, its control, and two constant rates."""
-    multiples = config.grid("rate_multiples", float)
-    constant = [arm_at(CONTROL, (config.rl_steps, multiple)) for multiple in multiples]
-    return {
-        CF_RL: [arm_at(CF_RL, cell) for cell in config.cells],
-        CONTROL: [arm_at(CONTROL, cell) for cell in config.cells],
-        CONSTANT: constant,
-        "rl": ["rl"],
-    }
-
-
 CONSTANT = "two constant rates"
 
 
+def tuned_arms(config):
+    """The ways to spend two learning rates, each with its choices: cf-rl, its control, two constant rates, and one."""
+    constant = [arm_at(CONTROL, (config.rl_steps, multiple)) for multiple in config.grid("rate_multiples", float)]
+    cells = {arm: [arm_at(arm, cell) for cell in config.cells] for arm in (CF_RL, CONTROL)}
+    return cells | {CONSTANT: constant, "rl": ["rl"]}
+
+
+def tuned(config, summary):
+    """{way: the arm that is best on the first half of the seeds}. It is shown on the other half."""
+    chosen_on = range(config.seed, config.seed + config.seeds // 2)
+    best = {}
+    for way, arms in tuned_arms(config).items():
+        scores = {}
+        for arm in arms:
+            values = dict(zip(summary[arm]["seed"], summary[arm][RUN], strict=True)) if arm in summary else {}
+            scores[arm] = statistics.fmean(values.get(seed, 0.0) for seed in chosen_on)
+        best[way] = max(scores, key=scores.get)
+    return best
+
+
+def shown(config, summary, arm):
+    """{seed: accuracy over the run} of an arm on the half of the seeds that chose nothing."""
+    first = config.seed + config.seeds // 2
+    return {seed: value for seed, value in zip(summary[arm]["seed"], summary[arm][RUN], strict=True) if seed >= first}
+
+
 def tuned_gaps(config, summary):
-    """{(way, base): one tuned way minus another, per seed}."""
-    best = {name: tuned(summary, arms) for name, arms in tuned_arms(config).items()}
+    """{(way, base): one tuned way minus another, per seed that chose neither}."""
+    best = {way: shown(config, summary, arm) for way, arm in tuned(config, summary).items()}
     pairs = ((CF_RL, "rl"), (CONTROL, "rl"), (CONSTANT, "rl"), (CF_RL, CONTROL), (CF_RL, CONSTANT), (CONTROL, CONSTANT))
-    return {(way, base): [best[way][seed] - best[base][seed] for seed in best[way]] for way, base in pairs}
+    return {(way, base): [best[way][s] - best[base][s] for s in best[way] if s in best[base]] for way, base in pairs}
 
 
 def tuned_table(config, summary):
     """Each way at its best cell, minus the others, with what that allows to say, all six asked together."""
     gaps, bases = tuned_gaps(config, summary), ("rl", CONTROL, CONSTANT)
-    rows = [["tuned", "accuracy over the run", *(f"minus {base}" for base in bases)]]
-    for way, arms in tuned_arms(config).items():
-        rows.append([way, over_seeds(list(tuned(summary, arms).values()), ".3f")])
+    rows = [["tuned", "chosen", "accuracy over the run", *(f"minus {base}" for base in bases)]]
+    for way, arm in tuned(config, summary).items():
+        rows.append([way, f"`{arm}`", over_seeds(list(shown(config, summary, arm).values()), ".3f")])
         for pair in ((way, base) for base in bases):
             rows[-1].append(
                 f"{over_seeds(gaps[pair], '+.3f')}: {judge(gaps[pair], looks=len(gaps))}" if pair in gaps else ""
@@ -110,38 +117,41 @@ def tuned_table(config, summary):
     return rows
 
 
-def cost(steps, tokens, length, of):
-    """What every evaluation of a run has cost so far, counted in one of four ways."""
+# ------------------------------------------------------------------------------------------------- what a run has cost
+
+
+ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
+
+
+def cost(curves, i, length, of):
+    """What every evaluation of the i-th run has cost so far, counted in one of four ways."""
+    steps = np.array(curves["step"][i])
     if of == "stage 1 for free":
         return np.maximum(steps - length, 0)
     if of == "samples":
         return steps
+    tokens = np.array(curves["tokens"][i])
     if of == "tokens":
         return tokens
     # A token is sampled (1) and scored (1), and in stage 2 differentiated (2): in forward passes.
     return np.cumsum(np.diff(tokens, prepend=0) * np.where(steps <= length, 2, 4))
 
 
-ACCOUNTS = ("stage 1 for free", "samples", "tokens", "operations")
-
-
 def at_equal(summary, arm, base, length, of):
-    """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's K."""
-    means = []
-    seeds = [seed for seed in summary[arm]["seed"] if seed in summary[base]["seed"]]
-    for seed in seeds:
+    """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's K, at
+    which there is an evaluation."""
+    gaps = []
+    for seed in (seed for seed in summary[arm]["seed"] if seed in summary[base]["seed"]):
         runs = []
         for name, k in ((arm, length), (base, 0)):
             curves, i = summary[name]["curves"], summary[name]["seed"].index(seed)
-            steps, tokens, accuracy = (
-                np.array(curves.get(what, curves["step"])[i]) for what in ("step", "tokens", "accuracy")
-            )
-            paid = cost(steps, tokens, k, of)
+            paid, accuracy = cost(curves, i, k, of), np.array(curves["accuracy"][i])
             last = np.append(np.diff(paid) > 0, True)  # of several evaluations at one cost, as with stage 1 for free
             runs.append((paid[last], accuracy[last]))
         grid = np.linspace(0, min(paid[-1] for paid, _ in runs), 201)
-        means.append([np.interp(grid, *run).mean() for run in runs])
-    return [float(own - other) for own, other in means]
+        own, other = (np.interp(grid, *run).mean() for run in runs)
+        gaps.append(float(own - other))
+    return gaps
 
 
 def accounting_table(config, summary, cells):
@@ -233,8 +243,8 @@ def print_map(config, summary):
     """The map as a run prints it."""
     heading = (
         "Mean held-out accuracy over the run, cf-rl minus its control, paired by seed, for each length K of stage 1 "
-        "and each classifier rate in it, in multiples of --lr. * surely not 0, = surely within the margin, all cells "
-        "asked together; in brackets where stage 1 alone reaches the threshold, which says nothing of the order."
+        "and each classifier rate in it, in multiples of --lr. = surely within the margin, else * surely not 0, all "
+        "cells asked together; in brackets where stage 1 alone reaches the threshold, which says nothing of the order."
     )
     print("\n" + textwrap.fill(heading, WIDTH))
     print(*lines_of(map_table(config, summary)), sep="\n")

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from experiments.any_model import exact_split, split_effect
-from experiments.arms import CONTROLS, Config, generator, option, train_as
+from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
 from experiments.flags import add_flag, config_of, make_parser
 from experiments.measures import first_states, geometry
 from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, open_out, owned, rows_file, run, write_text
@@ -71,17 +71,13 @@ class CausalLM(nn.Module):
     def features(self, tokens):
         """tokens (B, T) -> phi (B, T, d). Each distinct prefix of a shared length is read and differentiated once: the
         sum over its rows reaches it through the keys and values that it leaves."""
-        if (
-            len(tokens) == 0
-        ):  # of a batch without advantage; attention refuses it, and its gradient must be there, zeros
+        if len(tokens) == 0:  # a batch without advantage: attention refuses it, and its gradient of zeros is needed
             return self.features(tokens.new_zeros(1, tokens.size(1)))[:0]
         cuts = [0, *(length for length in self.shared if length < tokens.size(1)), tokens.size(1)]
         cache, read, rows = [[] for _ in self.body.blocks], [], torch.zeros_like(tokens[:, 0])
         for start, end in pairwise(cuts):
             distinct, now = tokens[:, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
-            before = torch.zeros_like(distinct[:, 0]).scatter(
-                0, now, rows
-            )  # (U,), which row of the cache each continues
+            before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows)  # (U,): the row of the cache it continues
             if start:
                 cache = [[part[before] for part in block] for block in cache]
             read.append(self.body(distinct[:, start:], cache)[now])
@@ -118,7 +114,10 @@ class Sums:
         self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))
         self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
         pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10))
-        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator(pairs.device).manual_seed(0))]
+        order = torch.randperm(
+            len(pairs), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+        )  # on any device
+        pairs = pairs[order.to(pairs.device)]
         self.heldout_pairs, self.train_pairs = pairs[:90], pairs[90:]
 
     def prompt(self, a, b):
@@ -175,7 +174,7 @@ def load(config, weights=True):
         lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
         return CausalLM(lm, task.shared) if weights else lm, task
     auto = transformers.AutoModelForCausalLM
-    try:
+    try:  # whatever goes wrong in there, and it is of many kinds, is about the folder
         sizes = transformers.AutoConfig.from_pretrained(folder, **how)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
         if weights:
@@ -184,22 +183,32 @@ def load(config, weights=True):
         else:
             with torch.device("meta"):
                 lm = auto.from_config(sizes)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no checkpoint of a causal LM: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise ValueError(f"{folder} holds no checkpoint of a causal LM: {str(error).strip().splitlines()[0]}") from None
     task = Sums(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode)
-    check_head(lm)
-    return CausalLM(lm, task.shared) if weights else lm, task
-
-
-def check_head(lm):
-    """ValueError unless the logits are W phi with a W that can be copied."""
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"the classifier is {head}, no linear layer without bias: it cannot be cut off and untied")
+    if not weights:
+        return lm, task
+    return faithful(CausalLM(lm, task.shared), lm, task), task
+
+
+@torch.no_grad()
+def faithful(model, lm, task):
+    """The CausalLM, if its logits are the language model's own. ValueError if that does more to them than W phi."""
+    tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53")])
+    if not torch.allclose(model(tokens)[:, -1], lm(tokens).logits[:, -1], rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"the logits of {type(lm).__name__} are not W phi: the classifier cannot be cut off and untied"
+        )
+    return model
 
 
 def check_memory(config, lm, task, workers):
-    """ValueError if there is too little memory, before anything is loaded. Linux only: elsewhere nobody says."""
+    """ValueError if there is too little memory, before anything is loaded. On Linux, for the CPU: else nobody says."""
+    if torch.device(config.device).type != "cpu":
+        return
     weights = sum(p.numel() for p in lm.parameters()) + lm.get_output_embeddings().weight.numel()
     logits = config.prompts * config.samples * task.block_size * lm.config.vocab_size
     needed = workers * (4 * weights + 5 * logits) * 4 / 2**30  # weights, gradient, Adam's two; float32
@@ -231,6 +240,14 @@ class RealConfig(Config):
     model: str = option("", "folder of another checkpoint of transformers (default: the packaged SmolLM2-135M)")
     device: str = option("cpu", "where torch computes: cpu, cuda, ...")
     tiny: bool = False  # a random Llama in the model's place
+
+    def __post_init__(self):
+        super().__post_init__()
+        for arm in self.arm_list:
+            if arm_named(arm).imitate(self):
+                raise ValueError(f"arm {arm!r} imitates demonstrations, which only the toy's task has")
+        if self.tiny and self.model:
+            raise ValueError(f"a quick run is on a random model, not on {self.model}")
 
     def finetuning(self):
         return {}  # the start is the checkpoint as it is
@@ -288,7 +305,7 @@ class Look:
         self.seconds += time.perf_counter() - self.clock
         seen = NO_UPDATE | record | (self.update() if record else {})
         self.so_far = {name: value + seen.get(name, 0.0) for name, value in self.so_far.items()}
-        if seen["step"] % self.config.eval_every == 0 or seen["step"] == self.config.rl_steps:
+        if self.config.is_looked_at(self.row["arm"], seen["step"]):
             self.write_row({**seen, **self.so_far})
         self.clock = time.perf_counter()
 
@@ -327,10 +344,11 @@ def prepare(args, config):
         raise ValueError("--out DIR is missing: the runs are too long to be thrown away")
     check_counts(workers=args.workers)
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=config.device).cpu()  # which takes one that holds numbers
     except (RuntimeError, AssertionError):  # the latter where torch was built without it
         raise ValueError(f"torch finds no device {config.device!r} here") from None
     check_memory(config, *load(config, weights=False), args.workers)
+    load(config)
     open_out(args.out, config)
 
 
@@ -345,12 +363,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:
-            config = config_of(args, RealConfig)
-            prepare(args, config)
-            stack.enter_context(owned(args.out))
-        except (ValueError, OSError) as error:
-            parser.error(str(error).splitlines()[0])
-        try:
+            try:
+                config = config_of(args, RealConfig)
+                prepare(args, config)
+                stack.enter_context(owned(args.out))
+                open_out(args.out, config)  # again: another process may have come between
+            except (ValueError, OSError) as error:
+                parser.error(str(error).splitlines()[0])
             complaints = run(config, args.out, args.workers, train)
             summary = summarise(config, args.out)
             write_text(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -353,17 +353,18 @@ def found(results):
     said = [order.counts(*results[name]) for name in MAPS]
     cells = [f"ahead of it in {n['more']}, behind in {n['less']} of {sum(n.values())}" for n in said]
     gaps = [order.tuned_gaps(*results[name]) for name in MAPS]
-    constant = [each[order.CF_RL, order.CONSTANT] for each in gaps]
+    constant, control = ([each[order.CF_RL, base] for each in gaps] for base in (order.CONSTANT, order.CONTROL))
     ahead = any(judge(gap, looks=len(gaps[0])) == "more" for gap in constant)
-    closed = "learning first helps more" if ahead else "that it learns first adds nothing we can see"
+    closed = "that it learns first helps more" if ahead else "that it learns first adds nothing to two constant rates"
     rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
         f"**In the toy a classifier that learns faster helps; {closed}.** Mean accuracy over the run, minus plain "
         f"RL's: CF-RL {lead['cf-rl'][0]}, its control, which freezes nothing, {lead[claims.CONTROL][0]}, CF-RL at "
         f"plain RL's learning rate {lead['cf-rl-same-lr'][0]}. On a [map of stage lengths and "
         f"rates](experiments/results.md#order) CF-RL is {cells[0]} cells that can tell; from a start that cannot add "
-        f"yet {cells[1]}. Against plain RL with two constant rates, both tuned: {over_seeds(constant[0], '+.2f')}; "
-        f"{over_seeds(constant[1], '+.2f')}.",
+        f"yet {cells[1]}. All tuned, CF-RL minus plain RL with two constant rates: {over_seeds(constant[0], '+.2f')}; "
+        f"from that other start {over_seeds(constant[1], '+.2f')}, and minus its control "
+        f"{over_seeds(control[1], '+.2f')}.",
         f"**In a pretrained model, SmolLM2-135M, CF-RL against plain RL: {real.faster('cf-rl')}**, "
         f"{lead['cf-rl'][1]}; its control: {real.faster(claims.CONTROL)}, {lead[claims.CONTROL][1]} "
         f"({real.config.seeds} seeds). Stage 1 alone gains {real.minus('classifier-only', 'sft', 'accuracy')}, in the "

@@ -169,8 +169,9 @@ def verdict(config, summary):
     """Who was faster at equal samples, and was the control too? From the paired mean accuracy over the run; how many
     updates it took is an illustration."""
     arms = ("rl", "cf-rl", "rl-classifier-lr")
-    if not all(arm in summary for arm in arms):
-        return f"No verdict without all of {', '.join(arms)}."
+    seeds = [set(summary[arm]["seed"]) if arm in summary else set() for arm in arms]
+    if not set.intersection(*seeds):
+        return f"No verdict without all of {', '.join(arms)}, on one seed at least."
     words = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
     names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "its control"}
     said, parts = {}, []

@@ -47,7 +47,8 @@ class Microscope(TrainerCallback):
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.before = phi, W = self.look()
         logits = self.passed().logits[self.mask.to(phi.device)]
-        if not torch.allclose(phi @ W.T, logits, rtol=1e-2, atol=1e-2):
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None or not torch.allclose(phi @ W.T, logits, rtol=1e-2, atol=1e-2):
             raise ValueError(f"the logits of {type(model).__name__} are not W phi: it cannot be split")
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -55,7 +56,7 @@ class Microscope(TrainerCallback):
             return
         (phi, W), self.before = self.before, self.look()
         parts = exact_split(phi, W, *self.before)
-        logits = (phi @ W.T).to(parts[0].dtype)
+        logits = phi.to(parts[0].dtype) @ W.to(parts[0].dtype).T
         now = logits + sum(parts)
         row = {"entropy": entropy(now).mean().item(), "confidence": confidence(now).mean().item()}
         row |= split_effect(logits, *parts)

@@ -208,20 +208,66 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, 
     with pytest.raises(ValueError, match=r"2 workers need about \d+\.\d GB of memory, and \d+\.\d are free"):
         real_model.check_memory(needs, lm, TASK, 2)
     assert real_model.check_memory(RealConfig(prompts=2), KINDS["llama"](), TASK, 1) is None
-    lm.lm_head = torch.nn.Linear(16, 13, bias=True)
-    with pytest.raises(ValueError, match="cannot be cut off and untied"):
-        real_model.check_head(lm)
+    assert "arm 'lp-ft' imitates" in refused(capsys, "--quick", "--arms", "lp-ft", "--out", out)
+    assert "a quick run is on a random model" in refused(capsys, "--quick", "--model", empty, "--out", out)
+    assert "no device 'meta'" in refused(capsys, "--quick", "--device", "meta", "--out", out)
     assert not out.exists()
+
+
+def saved(lm, folder):
+    """A checkpoint with a tokenizer of characters."""
+    from trl_bridge import character_tokenizer
+
+    lm.eval().save_pretrained(folder)
+    character_tokenizer(ALPHABET, len(ALPHABET)).save_pretrained(folder)
+    return folder
+
+
+def damaged(folder):
+    (folder / "model.safetensors").write_bytes(b"cut")
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def of_another_kind(folder):
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+
+
+@pytest.mark.parametrize("harm", [damaged, without_weights, of_another_kind])
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(harm, tmp_path, capsys):
+    folder = saved(KINDS["llama"](), tmp_path / "model")
+    harm(folder)
+    assert f"{folder} holds no checkpoint" in refused(capsys, "--model", folder, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["scaled", "biased"])
+def test_a_model_whose_logits_are_not_W_phi_is_refused(kind, tmp_path, capsys):
+    """Granite divides its logits by a constant; Phi's classifier has a bias."""
+    small = SIZES | {"vocab_size": 32}
+    made = {
+        "scaled": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(logits_scaling=8.0, **small)),
+        "biased": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**small)),
+    }
+    folder = saved(made[kind](), tmp_path / "model")
+    assert "cannot be cut off and untied" in refused(capsys, "--model", folder, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_run_that_looks_less_often_is_whole_too(every, tmp_path):
+    """Rows at multiples, at the end of stage 1 and at the end."""
+    flags = ("--arms", "cf-rl", "--eval-every", str(every))
+    assert run(tmp_path, *flags) == 0 == run(tmp_path, *flags)
+    steps = {int(row["step"]) for row in rows_without_seconds(tmp_path / "metrics.csv")}
+    assert steps == {0, 1, 3} | set(range(0, 4, every))
 
 
 def test_a_checkpoint_in_a_folder_is_loaded_and_untied(tmp_path):
     """Saved by transformers with a tied classifier and a tokenizer of characters; its logits are the model's own."""
-    from trl_bridge import character_tokenizer
-
-    lm = KINDS["llama"](tie_word_embeddings=True).eval()
-    lm.save_pretrained(tmp_path)
-    character_tokenizer(ALPHABET, len(ALPHABET)).save_pretrained(tmp_path)
-    model, task = load(RealConfig(model=str(tmp_path)))
+    lm = KINDS["llama"](tie_word_embeddings=True)
+    model, task = load(RealConfig(model=str(saved(lm, tmp_path))))
     tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
     ends = slice(task.shared[-1] - 1, None)
     torch.testing.assert_close(model(tokens)[:, ends], lm(tokens).logits[:, ends], rtol=1e-4, atol=1e-5)

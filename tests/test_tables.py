@@ -130,3 +130,5 @@ def test_the_verdict_says_what_the_numbers_say(cf_rl, control, said, cause):
     assert ("One seed decides nothing" in text) == (len(cf_rl) == 1)
     took = "12, 12 and 12" if len(cf_rl) > 1 else "more, more and more"
     assert f"Accuracy 0.9 took {took} of 80 updates." in text and "No verdict" in tables.verdict(Config(), {})
+    summary["cf-rl"]["seed"] = [-1]
+    assert "No verdict" in tables.verdict(Config(), summary)

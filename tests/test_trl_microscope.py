@@ -109,6 +109,13 @@ def test_several_updates_are_told_as_one(tmp_path):
     assert rows[4]["microscope/entropy_change"] == pytest.approx(change.item(), abs=2e-5)
 
 
+def test_in_bfloat16_the_rows_add_up(tmp_path):
+    """What an update changed is the difference of two rows, to 1e-5: all is widened before anything is subtracted."""
+    rows, _ = run(made("llama").bfloat16(), tmp_path)
+    for name in ("microscope/entropy", "microscope/confidence"):
+        assert rows[3][name] - rows[2][name] == pytest.approx(rows[3][f"{name}_change"], abs=1e-5)
+
+
 def test_training_does_not_notice(tmp_path):
     """GPT-2 with its dropout: a look that drew a random number, or left the model in eval, would change every bit."""
     weights = [run(made("gpt2"), tmp_path, looks=looks)[1][-1].state_dict() for looks in (True, False)]
@@ -127,6 +134,10 @@ def test_what_cannot_be_split_is_refused_before_any_update(tmp_path):
     model = made("gpt2")
     head = model.lm_head.forward
     model.lm_head.forward = lambda phi: 3 * head(phi)
+    with pytest.raises(ValueError, match="the logits of GPT2LMHeadModel are not W phi"):
+        run(model, tmp_path)
+    model = made("gpt2")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(END + 1))  # which does nothing yet
     with pytest.raises(ValueError, match="the logits of GPT2LMHeadModel are not W phi"):
         run(model, tmp_path)
     with pytest.raises(ValueError, match="selects no state"):

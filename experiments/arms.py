@@ -124,6 +124,10 @@ CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 MAP = dict(seeds=10, arms="rl", measures="accuracy", stage_lengths="2,4,8,16,32", rate_multiples="1,5,20,40")
+# What was best on a map, each way to spend two rates, on seeds that chose nothing; and its cf-rl's own control.
+AGAIN = dict(seed=10, seeds=20, measures="accuracy")
+CHOSEN = "rl,cf-rl-8x40,rl-classifier-lr-16x40,rl-classifier-lr-80x40,rl-classifier-lr-8x40"
+CHOSEN_UNTAUGHT = "rl,cf-rl-32x40,rl-classifier-lr-32x20,rl-classifier-lr-80x20,rl-classifier-lr-32x40"
 SIZE = dict(arms="rl,cf-rl,rl-classifier-lr,rl-sgd", measures="few", eval_every=8)
 SIZES = ((32, 2, 4e-4, 5), (64, 2, 4e-4, 5), (128, 2, 4e-4, 5), (256, 2, 2e-4, 3), (64, 4, 4e-4, 5))  # lr: results.md
 # An experiment is other defaults for the flags.
@@ -139,6 +143,8 @@ EXPERIMENTS = {
     "kl": FIVE | UNTAUGHT | dict(arms="rl,kl-0.3,kl-1", rl_steps=160, eval_every=8),
     "order": MAP,
     "order-learning": MAP | UNTAUGHT,
+    "order-again": AGAIN | dict(arms=CHOSEN),
+    "order-learning-again": AGAIN | UNTAUGHT | dict(arms=CHOSEN_UNTAUGHT),
 } | {
     f"size-{width}x{layers}": SIZE | dict(width=width, layers=layers, lr=lr, classifier_lr=20 * lr, seeds=seeds)
     for width, layers, lr, seeds in SIZES

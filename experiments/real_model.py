@@ -255,6 +255,15 @@ class RealConfig(Config):
 
 FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr sgd_lr seed seeds arms stage_lengths rate_multiples"
 FLAGS = (*FLAGS.split(), "eval_every", "eval_prompts", "threshold", "model", "device")
+TUNING = dict(seed=100, seeds=1, arms="rl")
+# An experiment is other defaults for the flags, as in arms.py. The last three chose the learning rates.
+EXPERIMENTS = {
+    "real": {},
+    "real-sgd": dict(arms="rl-sgd", rl_steps=3),
+    "real-rates": TUNING | dict(stage_lengths="3", rate_multiples="5,20,70,200"),
+    "real-lower": TUNING | dict(lr=1e-5),
+    "real-higher": TUNING | dict(lr=1e-4),
+}
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 
 
@@ -358,8 +367,9 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: else the workers would outlive it
     parser = make_parser("real_model", __doc__, RealConfig, FLAGS)
     add_flag(parser, "quick", "seconds, on a random Llama that learns nothing: other defaults", action="store_true")
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
+    add_flag(parser, "experiment", f"other defaults: {', '.join(EXPERIMENTS)}", choices=EXPERIMENTS, metavar="NAME")
+    args = parser.parse_args(argv)
+    parser.set_defaults(**EXPERIMENTS.get(args.experiment, {}) | (QUICK if args.quick else {}))
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:

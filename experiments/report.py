@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from experiments import claims, figures, order, tables
+from experiments import claims, figures, order, real_model, tables
 from experiments.arms import EXPERIMENTS, SAMPLES, Config, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
@@ -172,6 +172,30 @@ def geometry_rows(summary):
         means = [[statistics.fmean(seed[1:]) for seed in curve] for curve in curves]
         rows.append([f"R and R + G, {arm}", *(over_seeds(values, ".2f") for values in means)])
     return rows
+
+
+def rates_tables(results):
+    """How the real model's learning rates were chosen: accuracy over the run, and at its end, of one seed."""
+    cells = {
+        f"{rl.lr:g}": summary["rl"]
+        for rl, summary in (results[f"real-{name}"] for name in ("lower", "rates", "higher"))
+    }
+    config, summary = results["real-rates"]
+    multiples = config.grid("rate_multiples", float)
+    ways = {
+        f"cf-rl, K = {config.stage_lengths}": (order.CF_RL, config.stage_lengths),
+        "its control": (order.CONTROL, config.stage_lengths),
+        order.CONSTANT: (order.CONTROL, config.rl_steps),
+    }
+    rows = [["W at so many times 3e-05", *(f"{multiple:g}" for multiple in multiples)]]
+    for way, (arm, length) in ways.items():
+        rows.append([way, *(over_and_end(summary.get(order.arm_at(arm, (length, m)))) for m in multiples)])
+    plain = [["plain RL at", *cells], ["", *map(over_and_end, cells.values())]]
+    return markdown(*plain) + "\n\n" + markdown(*rows)
+
+
+def over_and_end(measures):
+    return f"{measures[tables.RUN][0]:.2f}, {measures['accuracy'][0]:.2f}" if measures else "stopped"
 
 
 def sizes(results):
@@ -457,6 +481,7 @@ def sections(results, positions, update, effects):
         "real paired": markdown(*real_paired(results["real"][1])),
         "real microscope": markdown(*tables.table(tables.without_start(real), SPLIT_COLUMNS)),
         "real geometry": markdown(*geometry_rows(real)),
+        "real rates": rates_tables(results),
         **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
         **{f"{name} tuned": markdown(*order.tuned_table(*results[name])) for name in MAPS},
@@ -475,7 +500,6 @@ def sections(results, positions, update, effects):
     }
 
 
-REAL = ("real", "real-sgd")
 MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
 
@@ -497,7 +521,7 @@ def load_results():
     """{experiment: (its Config, its summary)}, what the first one's policies do by position, one update of them, and
     how much the order of two moves matters."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
-    kinds = {name: RealConfig if name in REAL else Config for name in runs}
+    kinds = {name: RealConfig if name in real_model.EXPERIMENTS else Config for name in runs}
     results = {name: (kinds[name](**run["config"]), run["summary"]) for name, run in runs.items()}
     return results, runs["confidence"]["positions"], runs["confidence"]["update"], runs["order"]["effects"]
 
@@ -507,6 +531,7 @@ def main(folders):
 
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     experiments = {Config(**flags): name for name, flags in EXPERIMENTS.items()}
+    experiments |= {RealConfig(**flags): name for name, flags in real_model.EXPERIMENTS.items()}
     for out in map(Path, folders):
         if not (out / "summary.json").exists():
             sys.exit(f"{out} is not the folder of a finished run")
@@ -514,7 +539,6 @@ def main(folders):
             record, config = read_config(out)
         except ValueError:
             record, config = read_config(out, RealConfig)
-            experiments[config] = REAL["rl-sgd" in config.arm_list]
         if config not in experiments:
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))

@@ -79,41 +79,33 @@ def tuned_arms(config):
 
 
 def tuned(config, summary):
-    """{way: the arm that is best on the first half of the seeds}. It is shown on the other half."""
-    chosen_on = range(config.seed, config.seed + config.seeds // 2)
-    best = {}
-    for way, arms in tuned_arms(config).items():
-        scores = {}
-        for arm in arms:
-            values = dict(zip(summary[arm]["seed"], summary[arm][RUN], strict=True)) if arm in summary else {}
-            scores[arm] = statistics.fmean(values.get(seed, 0.0) for seed in chosen_on)
-        best[way] = max(scores, key=scores.get)
-    return best
+    """{way: the arm that did best on a map}, and the control of cf-rl's own cell. For other seeds: on these it is the
+    best by luck as well."""
+    scores = {arm: statistics.fmean(summary[arm][RUN]) for arm in summary}
+    best = {
+        way: max((arm for arm in arms if arm in scores), key=scores.get) for way, arms in tuned_arms(config).items()
+    }
+    return best | {OWN: best[CF_RL].replace(CF_RL, CONTROL)}
 
 
-def shown(config, summary, arm):
-    """{seed: accuracy over the run} of an arm on the half of the seeds that chose nothing."""
-    first = config.seed + config.seeds // 2
-    return {seed: value for seed, value in zip(summary[arm]["seed"], summary[arm][RUN], strict=True) if seed >= first}
+OWN = "cf-rl's own control"
+PAIRS = [(way, "rl") for way in (CF_RL, CONTROL, CONSTANT)] + [(CF_RL, base) for base in (OWN, CONTROL, CONSTANT)]
 
 
-def tuned_gaps(config, summary):
-    """{(way, base): one tuned way minus another, per seed that chose neither}."""
-    best = {way: shown(config, summary, arm) for way, arm in tuned(config, summary).items()}
-    pairs = ((CF_RL, "rl"), (CONTROL, "rl"), (CONSTANT, "rl"), (CF_RL, CONTROL), (CF_RL, CONSTANT), (CONTROL, CONSTANT))
-    return {(way, base): [best[way][s] - best[base][s] for s in best[way] if s in best[base]] for way, base in pairs}
+def tuned_gaps(best, again):
+    """{(way, base): one tuned way minus another, per seed}, from a summary of seeds that chose neither."""
+    return {(way, base): paired(again, best[way], best[base]) for way, base in PAIRS}
 
 
-def tuned_table(config, summary):
-    """Each way at its best cell, minus the others, with what that allows to say, all six asked together."""
-    gaps, bases = tuned_gaps(config, summary), ("rl", CONTROL, CONSTANT)
-    rows = [["tuned", "chosen", "accuracy over the run", *(f"minus {base}" for base in bases)]]
-    for way, arm in tuned(config, summary).items():
-        rows.append([way, f"`{arm}`", over_seeds(list(shown(config, summary, arm).values()), ".3f")])
+def tuned_table(best, again):
+    """Each way at its best cell, minus the others, with what that allows to say, all asked together."""
+    gaps, bases = tuned_gaps(best, again), dict.fromkeys(base for _, base in PAIRS)
+    rows = [["tuned", "arm", "accuracy over the run", *(f"minus {base}" for base in bases)]]
+    for way, arm in best.items():
+        rows.append([way, f"`{arm}`", over_seeds(again[arm][RUN], ".3f")])
         for pair in ((way, base) for base in bases):
-            rows[-1].append(
-                f"{over_seeds(gaps[pair], '+.3f')}: {judge(gaps[pair], looks=len(gaps))}" if pair in gaps else ""
-            )
+            said = f"{over_seeds(gaps[pair], '+.3f')}: {judge(gaps[pair], looks=len(gaps))}" if pair in gaps else ""
+            rows[-1].append(said)
     return rows
 
 

@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
 
 
 class Sums:
-    """Two digits plus one, `47+6=`, after two worked examples: 900 pairs, of which a tenth is held out. Below ten there
+    """Two digits plus one, `58+7=`, after two worked examples: 900 pairs, of which a tenth is held out. Below ten there
     are 100 pairs only, and RL is done with them in a few updates. A response is right if it is the sum and a newline.
 
     All prompts have one length in tokens, and all digits are tokens. ValueError for a tokenizer that merges them.

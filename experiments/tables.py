@@ -234,6 +234,8 @@ def print_tables(config, summary):
         return
     heading("Along the run: accuracy (0 to 1), and entropy per token (falls as the policy grows sure):")
     print(*curves_of(trained), sep="\n")
+    if config.measures == "accuracy":
+        return
     heading(
         "Where the confidence came from: the rise of top-1 on fixed states, and how much of it the changes of the "
         "classifier W and of the body explain to first order:"

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_gpt
 from tiny_runs import refused, rows_of, run
 
-from experiments.arms import Config, coin_flips, generator
+from experiments.arms import EXPERIMENTS, Config, coin_flips, generator
 from experiments.order import (
     accounting_table,
     at_equal,
@@ -23,6 +23,7 @@ from experiments.order import (
     tuned_gaps,
     tuned_table,
 )
+from experiments.report import load_results
 from experiments.verdicts import judge
 from minicfrl import Addition, RLConfig, rollout, train_rl
 from model import GPT, GPTConfig
@@ -117,6 +118,8 @@ def test_the_map_pairs_a_cell_with_its_own_control():
     assert counts(config, summary) == {"more": 2, "less": 1, "equal": 1, "undecided": 0}
     del summary["cf-rl-2x1"]
     assert map_table(config, summary)[1] == ["2", "stopped", "+0.200*"]
+    summary["cf-rl-2x5"]["seed"] = range(10, 20)  # on none of these has its control finished
+    assert map_table(config, summary)[1] == ["2", "stopped", "stopped"]
 
 
 def test_cells_that_stage_1_finishes_are_marked_and_not_counted():
@@ -134,29 +137,38 @@ def test_reaching_the_threshold_after_stage_1_is_not_reaching_it_within():
     assert not finished_in_stage_1(config, summary, (2, 1.0)) and finished_in_stage_1(config, summary, (4, 1.0))
 
 
-def test_a_tuned_arm_is_shown_on_seeds_that_did_not_choose_it():
-    """`cf-rl-2x1` is best by far on the first five seeds, by luck, and worst on the others: it is chosen, and shown on
-    the others. A seed that one side lacks is left out."""
-    config, summary = made_up(lambda cell, seed: (0.5 if seed < 5 else -0.1) if cell == "2x1" else 0.0)
-    assert tuned(config, summary)["cf-rl"] == "cf-rl-2x1"
-    assert tuned_gaps(config, summary)["cf-rl", "rl"] == pytest.approx([-0.1] * 5)
-    summary["rl"] = {name: values[:-1] for name, values in summary["rl"].items() if name != "curves"}
-    assert tuned_gaps(config, summary)["cf-rl", "rl"] == pytest.approx([-0.1] * 4)
+def test_a_tuned_arm_is_chosen_on_the_map_and_shown_on_other_seeds():
+    """`cf-rl-4x5` is best on the map and worst again: it is chosen, and what it does again is said."""
+    config, summary = made_up(lambda cell, seed: 0.5 if cell == "4x5" else 0.0)
+    best = tuned(config, summary)
+    assert best["cf-rl"] == "cf-rl-4x5" and best["cf-rl's own control"] == "rl-classifier-lr-4x5" and best["rl"] == "rl"
+    _, again = made_up(lambda cell, seed: -0.1 if cell == "4x5" else 0.0)
+    gaps = tuned_gaps(best, again)
+    assert gaps["cf-rl", "rl"] == gaps["cf-rl", "cf-rl's own control"] == pytest.approx([-0.1] * 10)
     assert [len(arms) for arms in tuned_arms(config).values()] == [4, 4, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["order", "order-learning"])
+def test_what_a_map_chose_is_what_is_run_again(name):
+    """On seeds that the map has not seen."""
+    results, *_ = load_results()
+    config, again = results[name][0], Config(**EXPERIMENTS[f"{name}-again"])
+    assert set(tuned(*results[name]).values()) == set(again.arm_list)
+    assert again.seed == config.seed + config.seeds and again.sft_steps == config.sft_steps
 
 
 def test_many_questions_at_once_are_asked_at_a_stricter_level():
     """Ten differences of .03 +- .035, t = 2.6, are beyond doubt if they are all that is asked (t = 2.3), and not beside
     three others (t = 3.1): not on a map of four cells, not as one of six tuned gaps, not as one of four accounts."""
-    noise = [0.03 + sign * 0.035 for sign in (1, -1)] * 10
+    noise = [0.03 + sign * 0.035 for sign in (1, -1)] * 5
     config, summary = made_up(lambda cell, seed: noise[seed])
     assert judge(differences(config, summary)[2, 1.0]) == "more"
     assert map_table(config, summary)[1] == ["2", "+0.030", "+0.030"]
     assert counts(config, summary)["undecided"] == 4
-    twenty = made_up(lambda cell, seed: noise[seed], seeds=20)  # of which ten are shown
-    assert judge(tuned_gaps(*twenty)["cf-rl", "rl"]) == "more"
-    assert tuned_table(*twenty)[1][3].endswith("undecided")
-    accounts = {"rl": straight([0.1] * 10), "cf-rl-2x5": straight([0.1 + x / 4 for x in noise[:10]])}
+    best = tuned(config, summary)
+    assert judge(tuned_gaps(best, summary)["cf-rl", "rl"]) == "more"
+    assert tuned_table(best, summary)[1][3].endswith("undecided")
+    accounts = {"rl": straight([0.1] * 10), "cf-rl-2x5": straight([0.1 + x / 4 for x in noise])}
     assert judge(at_equal(accounts, "cf-rl-2x5", "rl", 2, "samples")) == "more"
     assert accounting_table(None, accounts, [(2, 5.0)])[1][2].endswith("undecided")
 
@@ -178,6 +190,8 @@ def test_equal_budgets_of_four_kinds_by_hand():
     rl, waits = straight([0.1]), straight([0.1], wait=4)
     summary = {"rl": rl, "arm": waits, "long": straight([0.1], 20)}
     assert at_equal(summary, "arm", "rl", 4, "stage 1 for free")[0] == pytest.approx(0.0, abs=1e-9)
+    # what stage 1 gains is there from the first paid update on: 0.4 more, of four evaluations at no cost the last
+    assert at_equal(summary | {"gains": rl}, "gains", "rl", 4, "stage 1 for free")[0] == pytest.approx(0.4, abs=1e-9)
     # over updates 0 to 8: -(0.1 n) up to 4, then -0.4: areas 0.8 and 1.6 over 8; the grid has 201 points
     assert at_equal(summary, "arm", "rl", 4, "samples")[0] == pytest.approx(-0.3, abs=2e-3)
     assert at_equal(summary, "long", "rl", 0, "samples")[0] == pytest.approx(0.0, abs=1e-9)

@@ -344,8 +344,11 @@ def real_update():
         times["train_rl"].append(time.perf_counter())
         for _ in train_rl(model, task, config, draws_for(0, "rl")):
             times["train_rl"].append(time.perf_counter())
-        lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())  # untied
+        packaged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+        settings = copy.deepcopy(packaged.config)
+        settings.tie_word_embeddings = False
+        lm = type(packaged)(settings)  # the trainer refuses what was loaded from a quantised file
+        lm.load_state_dict(packaged.state_dict())
         watch = after_every_update(lambda step, times=times: times["TRL"].append(time.perf_counter()))
         with tempfile.TemporaryDirectory() as out:
             length = task.block_size - task.shared[-1]

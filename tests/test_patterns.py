@@ -6,6 +6,7 @@ expected gradient raises: theta'_r = pi_r (p_r - ACC), ACC = sum_r pi_r p_r. `fl
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -284,6 +285,7 @@ def test_an_evaluation_says_where_in_the_response_the_policy_changed(seed):
     assert row["kl"] == pytest.approx((sum(kls[True]) + sum(kls[False])) / 16)
     assert row["kl_first"] == pytest.approx(sum(kls[True]) / 16)
     assert row["changed_first"] == sum(changed[True]) / 16
-    assert row["changed_later"] == pytest.approx(sum(changed[False]) / max(1, len(changed[False])), nan_ok=True)
+    later = statistics.fmean(changed[False] or [math.nan])  # of no state if every response ends at once
+    assert row["changed_later"] == pytest.approx(later, nan_ok=True)
     still = evaluate(start, task, task.heldout_pairs, probe, generator(seed), samples=8, k=2)
     assert still["kl"] == pytest.approx(0, abs=ROUNDING) and still["changed_first"] == 0 and math.isfinite(still["kl"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import minicfrl
+from experiments import real_model
 from experiments.arms import EXPERIMENTS, Config, generator, train_as
 from experiments.measures import evaluate, make_probe
 from experiments.report import PAGES, load_results, rewritten, sections
@@ -99,8 +100,9 @@ def test_the_tests_that_the_pages_name_are_there():
 def test_the_results_are_the_experiments_with_their_defaults():
     """Seeds and arms aside the first is the plain run: whoever starts that gets the first of its seeds."""
     results = load_results()[0]
-    for name, flags in EXPERIMENTS.items():
-        assert results[name][0] == Config(**flags) and results[name][0].seed == 0
+    experiments = {name: Config(**flags) for name, flags in EXPERIMENTS.items()}
+    experiments |= {name: real_model.RealConfig(**flags) for name, flags in real_model.EXPERIMENTS.items()}
+    assert experiments == {name: config for name, (config, _) in results.items()}
     config, _ = results["confidence"]
     assert config == Config(seeds=config.seeds, arms=config.arms)
     assert minicfrl.RLConfig(classifier_steps=config.classifier_steps) == config.rl("cf-rl")

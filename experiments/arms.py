@@ -129,7 +129,14 @@ AGAIN = dict(seed=10, seeds=20, measures="accuracy")
 CHOSEN = "rl,cf-rl-8x40,rl-classifier-lr-16x40,rl-classifier-lr-80x40,rl-classifier-lr-8x40"
 CHOSEN_UNTAUGHT = "rl,cf-rl-32x40,rl-classifier-lr-32x20,rl-classifier-lr-80x20,rl-classifier-lr-32x40"
 SIZE = dict(arms="rl,cf-rl,rl-classifier-lr,rl-sgd", measures="few", eval_every=8)
-SIZES = ((32, 2, 4e-4, 5), (64, 2, 4e-4, 5), (128, 2, 4e-4, 5), (256, 2, 2e-4, 3), (64, 4, 4e-4, 5))  # lr: results.md
+# Features, blocks, the rate of fine-tuning, that of RL, seeds; how the rates were chosen is in results.md.
+SIZES = (
+    (32, 2, SFTConfig.lr, 4e-4, 5),
+    (64, 2, SFTConfig.lr, 4e-4, 5),
+    (128, 2, SFTConfig.lr, 4e-4, 5),
+    (256, 2, 1e-3, 2e-4, 3),
+    (64, 4, SFTConfig.lr, 4e-4, 5),
+)
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
     "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
@@ -146,8 +153,9 @@ EXPERIMENTS = {
     "order-again": AGAIN | dict(arms=CHOSEN),
     "order-learning-again": AGAIN | UNTAUGHT | dict(arms=CHOSEN_UNTAUGHT),
 } | {
-    f"size-{width}x{layers}": SIZE | dict(width=width, layers=layers, lr=lr, classifier_lr=20 * lr, seeds=seeds)
-    for width, layers, lr, seeds in SIZES
+    f"size-{width}x{layers}": SIZE
+    | dict(width=width, layers=layers, sft_lr=sft_lr, lr=lr, classifier_lr=20 * lr, seeds=seeds)
+    for width, layers, sft_lr, lr, seeds in SIZES
 }
 QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
 
@@ -165,6 +173,7 @@ class Config:
 
     digits: int = option(2, "digits of each operand, 1 to 3")
     sft_steps: int = option(SFTConfig.steps, "updates of supervised fine-tuning")
+    sft_lr: float = option(SFTConfig.lr, "Adam's learning rate in fine-tuning")
     tilt: str = option("", "shares of D, S and G in 150 more updates of fine-tuning, as 0.8,0.01,0.19, if any")
     rl_steps: int = option(RLConfig.steps, "updates of every arm, those of stage 1 included")
     classifier_steps: int = option(20, "updates of stage 1, in which CF-RL trains the classifier alone")
@@ -251,7 +260,7 @@ class Config:
 
     def finetuning(self):
         """What makes the starting policy: SFTConfigs, one after the other."""
-        stages = {"sft": SFTConfig(steps=self.sft_steps)}
+        stages = {"sft": SFTConfig(steps=self.sft_steps, lr=self.sft_lr)}
         if self.tilt:  # all patterns are skills by now: this only makes some rare
             try:
                 mixture = tuple(map(float, self.tilt.split(",")))

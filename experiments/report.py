@@ -180,16 +180,10 @@ def rates_tables(results):
         f"{rl.lr:g}": summary["rl"]
         for rl, summary in (results[f"real-{name}"] for name in ("lower", "rates", "higher"))
     }
-    config, summary = results["real-rates"]
-    multiples = config.grid("rate_multiples", float)
-    ways = {
-        f"cf-rl, K = {config.stage_lengths}": (order.CF_RL, config.stage_lengths),
-        "its control": (order.CONTROL, config.stage_lengths),
-        order.CONSTANT: (order.CONTROL, config.rl_steps),
-    }
-    rows = [["W at so many times 3e-05", *(f"{multiple:g}" for multiple in multiples)]]
-    for way, (arm, length) in ways.items():
-        rows.append([way, *(over_and_end(summary.get(order.arm_at(arm, (length, m)))) for m in multiples)])
+    summary, multiples = results["real-rates"][1], real_model.MULTIPLES
+    rows = [["W at so many times 3e-05 for 3 updates", *map(str, multiples)]]
+    for arm in real_model.PAIR:
+        rows.append([arm, *(over_and_end(summary.get(order.arm_at(arm, (3, m)))) for m in multiples)])
     plain = [["plain RL at", *cells], ["", *map(over_and_end, cells.values())]]
     return markdown(*plain) + "\n\n" + markdown(*rows)
 

@@ -181,7 +181,6 @@ MUTANTS = [
     ("experiments/runs.py", "update = {name: record.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}", "update = NO_UPDATE | SO_FAR | record", "test_measures"),
     ("experiments/runs.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_runs"),
     ("experiments/runs.py", "threading.Thread(target=end_with_parent, daemon=True).start()", "pass", "test_runs"),
-    ("experiments/runs.py", "signal.signal(signal.SIGINT, signal.SIG_IGN)", "pass", "test_runs"),
     ("experiments/runs.py", "raise Damaged(f\"{file} is no policy", "raise RuntimeError(f\"{file} is no policy", "test_runs"),
     ("experiments/runs.py", "if len(headers) > 1:", "if False:", "test_runs"),
     ("experiments/runs.py", "if not all(file.exists() for file in files[job])", "if True", "test_runs"),

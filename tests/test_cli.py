@@ -20,13 +20,14 @@ def test_saved_policies_answer(finished, capsys):
 
 
 def test_asking_trains_nothing(finished, capsys, tmp_path):
-    """Not even what is missing: an unfinished run answers with the policies that are there."""
+    """Not even what is missing, and writes nothing: an unfinished run answers with the policies that are there."""
     (tmp_path / "unfinished").mkdir()
     shutil.copy(finished / "config.json", tmp_path / "unfinished")
     question = ["--out", str(tmp_path / "unfinished"), "--ask", "4+8="]
     assert "holds no policy yet" in refused(capsys, *question)
     shutil.copy(finished / "cf-rl-seed0.pt", tmp_path / "unfinished")
     assert train_toy.main(question) == 0 and capsys.readouterr().out.count("\n") == 1
+    assert {path.name for path in (tmp_path / "unfinished").iterdir()} == {"config.json", "cf-rl-seed0.pt"}
 
 
 def test_plot_draws_a_picture_and_changes_no_metric(finished, tmp_path):

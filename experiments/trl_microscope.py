@@ -4,7 +4,6 @@ trainer.add_callback(Microscope(trainer, tokens, mask))       # tokens (B, T) an
 """
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from experiments.any_model import exact_split, split_effect
@@ -39,10 +38,9 @@ class Microscope(TrainerCallback):
         return output
 
     def look(self):
-        """The features (N, d) and the classifier (V, d) as they are now."""
+        """The features (N, d) and the classifier (V, d) as they are now: after a pass FSDP2 leaves the latter whole."""
         phi = self.passed(logits_to_keep=1).hidden_states[-1]  # (B, T, d), and logits where they are fewest
-        W = self.trainer.model.get_output_embeddings().weight.detach()
-        return phi[self.mask.to(phi.device)], W.full_tensor() if isinstance(W, DTensor) else W.clone()
+        return phi[self.mask.to(phi.device)], self.trainer.model.get_output_embeddings().weight.detach().clone()
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.before = phi, W = self.look()

@@ -292,6 +292,16 @@ def test_rows_of_a_seed_that_no_float_can_hold_are_whole(tmp_path):
     assert len(runs.read_rows(Config(seed=seed), tmp_path, "sft", seed)) == 1
 
 
+@pytest.mark.parametrize("name", ["accuracy", "entropy", "share_D"])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e9])
+def test_a_number_that_cannot_be_is_damage(name, value, tmp_path):
+    row = dict.fromkeys(runs.NEVER_NAN, 0.5) | {"arm": "sft", "seed": 0, "step": 0, name: value}
+    (tmp_path / "parts").mkdir()
+    runs.append_row(runs.rows_file(tmp_path, "sft", 0), row)
+    with pytest.raises(runs.Damaged, match="is damaged"):
+        runs.read_rows(Config(), tmp_path, "sft", 0)
+
+
 def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_file(copied, capsys, monkeypatch):
     """Where the policy of the one missing arm is written."""
     (copied / "rl-seed0.pt").unlink()

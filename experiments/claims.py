@@ -66,16 +66,15 @@ class Evidence:
         return self.says(self.gap(arm, base), "faster", "slower", f"as fast (within {MARGIN:g})")
 
     def against(self, base, arm):
-        return f"{self.faster(arm, base)}: {self.minus(arm, base)}"
+        return f"{self.faster(arm, base)}, {self.minus(arm, base)}"
 
     def free(self):
         """CF-RL's lead over plain RL when its stage 1 is not counted, over the run."""
         return at_equal(self.summary, "cf-rl", "rl", self.config.classifier_steps, "stage 1 for free")
 
     def of_free(self):
-        return (
-            f"{self.says(self.free(), 'faster', 'slower', f'as fast (within {MARGIN:g})')}: {mean(self.free(), '+.2f')}"
-        )
+        said = self.says(self.free(), "faster", "slower", f"as fast (within {MARGIN:g})")
+        return f"{said}, {mean(self.free(), '+.2f')}"
 
     def agreement(self, arm, where):
         """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""

@@ -130,7 +130,8 @@ def plot_sizes(sizes, path):
                     fill, shift = ("none", 1.06) if layers != 2 else (colour, 1.0)
                     named = label if (width, layers) == (64, 2) else None
                     axes.errorbar(width * shift, middle, bar, fmt="o", color=colour, mfc=fill, capsize=3, label=named)
-            axes.set(xscale="log", xlabel="features d", title=title, ylim=(0, None))
+            axes.set(xscale="log", xlabel="features d", title=title)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
             axes.set_xticks(sorted({width for width, _ in sizes}), sorted({width for width, _ in sizes}), minor=False)
             axes.minorticks_off()
             axes.title.set_size(10)

@@ -255,15 +255,10 @@ class RealConfig(Config):
 
 FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr sgd_lr seed seeds arms stage_lengths rate_multiples"
 FLAGS = (*FLAGS.split(), "eval_every", "eval_prompts", "threshold", "model", "device")
-MULTIPLES, PAIR = (5, 20, 70), ("cf-rl", "rl-classifier-lr")
-TUNING = dict(seed=100, seeds=1, arms="rl")
-# An experiment is other defaults for the flags, as in arms.py. The last three chose the learning rates.
+# An experiment is other defaults for the flags, as in arms.py.
 EXPERIMENTS = {
     "real": {},
     "real-sgd": dict(arms="rl-sgd", rl_steps=3),
-    "real-rates": TUNING | dict(arms=",".join(["rl", *(f"{arm}-3x{m}" for m in MULTIPLES for arm in PAIR)])),
-    "real-lower": TUNING | dict(lr=1e-5),
-    "real-higher": TUNING | dict(lr=1e-4),
 }
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 

@@ -174,24 +174,6 @@ def geometry_rows(summary):
     return rows
 
 
-def rates_tables(results):
-    """How the real model's learning rates were chosen: accuracy over the run, and at its end, of one seed."""
-    cells = {
-        f"{rl.lr:g}": summary["rl"]
-        for rl, summary in (results[f"real-{name}"] for name in ("lower", "rates", "higher"))
-    }
-    summary, multiples = results["real-rates"][1], real_model.MULTIPLES
-    rows = [["W at so many times 3e-05 for 3 updates", *map(str, multiples)]]
-    for arm in real_model.PAIR:
-        rows.append([arm, *(over_and_end(summary.get(order.arm_at(arm, (3, m)))) for m in multiples)])
-    plain = [["plain RL at", *cells], ["", *map(over_and_end, cells.values())]]
-    return markdown(*plain) + "\n\n" + markdown(*rows)
-
-
-def over_and_end(measures):
-    return f"{measures[tables.RUN][0]:.2f}, {measures['accuracy'][0]:.2f}" if measures else "stopped"
-
-
 def sizes(results):
     """Evidence by (width, layers)."""
     each = {name: claims.Evidence(results, name) for name in results if name.startswith("size-")}
@@ -369,9 +351,7 @@ def found(results):
     toy, real = (claims.Evidence(results, experiment) for experiment in ("confidence", "real"))
     lead = {arm: toy.minus(arm, "rl") for arm in ("cf-rl", claims.CONTROL, "cf-rl-same-lr")}
     said = [order.counts(*results[name]) for name in MAPS]
-    cells = [
-        f"{n['more']} cells ahead, {n['less']} behind, {n['equal']} as good, {n['undecided']} undecided" for n in said
-    ]
+    cells = {what: sum(each[what] for each in said) for what in said[0]}
     tuned = [tuned_against(results, name, order.CONSTANT) for name in MAPS]
     closed = "helps too" if any(text.startswith("faster") for text in tuned) else "does not"
     carried = "that carries over" if toy.faster("cf-rl") == real.faster("cf-rl") else "that does not carry over"
@@ -379,21 +359,22 @@ def found(results):
     bullets = (
         f"**In the toy a classifier that learns faster helps; that it learns first {closed}.** Mean accuracy over the "
         f"run, minus plain RL's: CF-RL {lead['cf-rl']}; its control, which freezes nothing, {lead[claims.CONTROL]}; "
-        f"CF-RL at plain RL's learning rate {lead['cf-rl-same-lr']}. CF-RL against its control on a [map of stage "
-        f"lengths and rates](experiments/results.md#order), where stage 1 leaves something to do: {cells[0]}; from a "
-        f"start that cannot add yet {cells[1]}. Both tuned, on 20 fresh seeds, CF-RL against plain RL with two "
-        f"constant rates: {tuned[0]}; from that other start {tuned[1]}.",
-        f"**In a pretrained model, SmolLM2-135M, {carried}. CF-RL against plain RL: {real.against('rl', 'cf-rl')}** "
-        f"({real.config.seeds} seeds; with stage 1 for free, as the paper counts, {real.of_free()}); its control: "
-        f"{real.against('rl', claims.CONTROL)}. Stage 1 alone gains "
-        f"{real.minus('classifier-only', 'sft', 'accuracy')}, in the toy "
-        f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence "
-        f"{real.through_W('rl')} goes through the classifier, in the toy {toy.through_W('rl')}. [Side by "
-        "side](#toy-and-real-model).",
+        f"CF-RL at plain RL's learning rate {lead['cf-rl-same-lr']}. On a [map of stage lengths and "
+        f"rates](experiments/results.md#order) CF-RL is ahead of its control in {cells['more']}, behind in "
+        f"{cells['less']}, as good in {cells['equal']} and undecided in {cells['undecided']} of the "
+        f"{sum(cells.values())} cells where stage 1 leaves something to do. Tuned, on 20 fresh seeds, it is, against "
+        f"plain RL with two constant rates, {tuned[0]}; from a start that cannot add yet {tuned[1]}.",
+        f"**In a pretrained model, SmolLM2-135M, {carried}.** There CF-RL against plain RL is {real.faster('cf-rl')}, "
+        f"{real.minus('cf-rl', 'rl')} ({real.config.seeds} seeds); its control {real.faster(claims.CONTROL)}, "
+        f"{real.minus(claims.CONTROL, 'rl')}; CF-RL with stage 1 for free, as the paper counts, {real.of_free()}. "
+        f"Stage 1 alone gains {real.minus('classifier-only', 'sft', 'accuracy')}, in the toy "
+        f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence {real.through_W('rl')} "
+        f"goes through the classifier, in the toy {toy.through_W('rl')}. [Side by "
+        "side](#what-of-the-two-papers-holds-here).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}. On fixed states it rises by "
         f"{rises['rl-sgd']} with SGD, {toy.through_W('rl-sgd')} of it by moving the classifier, and by {rises['rl']} "
-        f"with Adam, {toy.through_W('rl')} of it by moving the classifier.",
+        f"with Adam, {toy.through_W('rl')} of it.",
         "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
         f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
         f"add yet {toy.at('learning').gains('rl')}.",
@@ -484,7 +465,6 @@ def sections(results, positions, update, effects):
         "real paired": markdown(*real_paired(results["real"][1])),
         "real microscope": markdown(*tables.table(tables.without_start(real), SPLIT_COLUMNS)),
         "real geometry": markdown(*geometry_rows(real)),
-        "real rates": rates_tables(results),
         **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
         **{

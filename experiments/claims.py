@@ -134,7 +134,7 @@ FIRST_PAPER = (
     (
         "RL makes a policy more confident",
         lambda e: (
-            f"{e.says(e.gap('rl', 'sft', 'confidence'))}; with coin flips for rewards SGD: "
+            f"{e.says(e.gap('rl', 'sft', 'confidence'))}; with coin flips for rewards, by SGD: "
             f"{e.says(e.gap('random-reward-sgd', 'sft', 'confidence'), 'too')}"
         ),
         lambda e: (
@@ -282,15 +282,15 @@ SECOND_PAPER = (
 # On the toy and on a real model: claim, Evidence -> verdict and numbers. The arms and measures are the same in both.
 BOTH = (
     ("CF-RL against plain RL", lambda e: e.against("rl", "cf-rl")),
-    ("its control, which freezes nothing, against plain RL", lambda e: e.against("rl", CONTROL)),
+    ("its control, at the same rates but with nothing frozen, against plain RL", lambda e: e.against("rl", CONTROL)),
     ("CF-RL against its control", lambda e: e.against(CONTROL, "cf-rl")),
     ("CF-RL at plain RL's rate, against plain RL", lambda e: e.against("rl", "cf-rl-same-lr")),
     (
-        "CF-RL against plain RL with stage 1 for free, as the paper counts",
+        "CF-RL against plain RL with stage 1 not counted, as the paper is said to count",
         lambda e: e.of_free(),
     ),
     (
-        "stage 1 alone",
+        "W alone for the whole run, accuracy at its end",
         lambda e: (
             f"{e.says(e.gap('classifier-only', 'sft', 'accuracy'), 'gains', 'loses', 'gains nothing')}: "
             f"{e.minus('classifier-only', 'sft', 'accuracy')}"
@@ -311,10 +311,10 @@ BOTH = (
         ),
     ),
     (
-        "in plain RL R alone points where the whole update does (cosine above .5)",
+        "within responses, in plain RL, R alone points where the whole update does (cosine above .5)",
         lambda e: (
-            f"{e.says(more_than(0.5, e.agreement('rl', 'continuation')), less='no')}: cosine "
-            f"{mean(e.agreement('rl', 'prompt'))} at prompt ends, {mean(e.agreement('rl', 'continuation'))} within"
+            f"{e.says(more_than(0.5, e.agreement('rl', 'continuation')), less='no')}: "
+            f"{mean(e.agreement('rl', 'continuation'))} (at prompt ends {mean(e.agreement('rl', 'prompt'))})"
         ),
     ),
     (

@@ -348,7 +348,8 @@ def prediction_table(update):
 
 def found(results):
     """The bullets of the first screen."""
-    toy, real = (claims.Evidence(results, experiment) for experiment in ("confidence", "real"))
+    shown = ("confidence", "real", "size-32x2", "size-256x2")
+    toy, real, small, large = (claims.Evidence(results, experiment) for experiment in shown)
     lead = {arm: toy.minus(arm, "rl") for arm in ("cf-rl", claims.CONTROL, "cf-rl-same-lr")}
     said = [order.counts(*results[name]) for name in MAPS]
     cells = {what: sum(each[what] for each in said) for what in said[0]}
@@ -373,7 +374,9 @@ def found(results):
         f"{real.minus(claims.CONTROL, 'rl')}. W alone, trained for the whole run, gains "
         f"{real.minus('classifier-only', 'sft', 'accuracy')}, in the toy "
         f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence {real.through_W('rl')} "
-        f"goes through W, in the toy {toy.through_W('rl')}. [More](#what-of-the-two-papers-holds-here).",
+        f"goes through W, in the toy {toy.through_W('rl')}. [More](#what-of-the-two-papers-holds-here). The toy's own "
+        f"lead falls [with size](experiments/results.md#sizes): {small.minus('cf-rl', 'rl')} at 32 features, at 256 "
+        f"{large.faster('cf-rl')}, {large.minus('cf-rl', 'rl')}.",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}; on fixed states by {rises['rl-sgd']} with "
         f"SGD, {toy.through_W('rl-sgd')} of it through W, and by {rises['rl']} with Adam, "

@@ -305,6 +305,9 @@ def first_failure(folder, tests):
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # upon which its tests end what they have started, in sessions of their own
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=20)
         return "a time limit"
     finally:  # with whatever the broken code has left running
         with contextlib.suppress(ProcessLookupError):

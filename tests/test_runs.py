@@ -184,14 +184,11 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
-@pytest.fixture
-def long_run(tmp_path):
-    """A run of two arms in two workers, once both have begun: (its process, its folder). Whatever the test does, the
-    run and its workers are ended. Ctrl-C reaches it even if the shell that started the tests ignores it."""
-    out = tmp_path / "long"
+def begin_long_run(out):
+    """A run of two arms in two workers. Ctrl-C reaches it even if the shell that started the tests ignores it."""
     command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
     command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         env=environment(),
         stderr=subprocess.PIPE,
@@ -200,16 +197,29 @@ def long_run(tmp_path):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    try:
-        started = time.monotonic()
-        while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
-            assert process.poll() is None and time.monotonic() - started < 60
-            time.sleep(0.1)
-        yield process, out
-    finally:
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory):
+    """Two of them, which import at the same time: whatever the tests do, they and their workers are ended."""
+    folders = [tmp_path_factory.mktemp("long") / "run" for _ in range(2)]
+    started = [(begin_long_run(out), out) for out in folders]
+    yield iter(started)
+    for process, _ in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def long_run(long_runs):
+    """The next of them, once both of its arms have begun: (its process, its folder)."""
+    process, out = next(long_runs)
+    started = time.monotonic()
+    while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
+        assert process.poll() is None and time.monotonic() - started < 60
+        time.sleep(0.1)
+    return process, out
 
 
 @POSIX

@@ -21,7 +21,7 @@ import torch
 from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, train_as
 from experiments.flags import add_flag, config_of, make_parser
 from experiments.order import print_map
-from experiments.runs import Damaged, Watch, load_policy, open_out, owned, policy_file, read_config, run, write_text
+from experiments.runs import Damaged, Watch, load_policy, owned_run, policy_file, read_config, run, write_text
 from experiments.tables import print_tables, summarise, verdict
 from minicfrl import Addition, rollout, supervised_finetune
 from model import GPT, check_counts
@@ -134,9 +134,7 @@ def prepare(args, stack):
         Addition(config.digits).operands(args.ask)
     out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if not asking_a_saved_run(args):
-        open_out(out, config)
-        stack.enter_context(owned(out))
-        open_out(out, config)  # again: another process may have come between
+        stack.enter_context(owned_run(out, config))
     return config, out
 
 

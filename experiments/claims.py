@@ -8,7 +8,7 @@ import statistics
 
 from experiments.order import at_equal
 from experiments.tables import RUN, at, over_seeds, paired
-from experiments.verdicts import MARGIN, judge
+from experiments.verdicts import MARGIN, SPEED, judge
 
 CONTROL = "rl-classifier-lr"
 
@@ -63,7 +63,10 @@ class Evidence:
         return "; ".join(f"{answer}: {', '.join(group)}" for answer, group in answers.items())
 
     def faster(self, arm, base="rl"):
-        return self.says(self.gap(arm, base), "faster", "slower", f"as fast (within {MARGIN:g})")
+        return self.speed(self.gap(arm, base))
+
+    def speed(self, differences):
+        return self.says(differences, SPEED["more"], SPEED["less"], SPEED["equal"])
 
     def against(self, base, arm):
         return f"{self.faster(arm, base)}, {self.minus(arm, base)}"
@@ -73,8 +76,7 @@ class Evidence:
         return at_equal(self.summary, "cf-rl", "rl", self.config.classifier_steps, "stage 1 for free")
 
     def of_free(self):
-        said = self.says(self.free(), "faster", "slower", f"as fast (within {MARGIN:g})")
-        return f"{said}, {mean(self.free(), '+.2f')}"
+        return f"{self.speed(self.free())}, {mean(self.free(), '+.2f')}"
 
     def agreement(self, arm, where):
         """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""

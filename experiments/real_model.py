@@ -26,7 +26,7 @@ from experiments.any_model import exact_split, split_effect
 from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
 from experiments.flags import add_flag, config_of, make_parser
 from experiments.measures import first_states, geometry
-from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, open_out, owned, rows_file, run, write_text
+from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, owned_run, rows_file, run, write_text
 from experiments.tables import lines_of, summarise, table
 from minicfrl import rollout, sequence_logp
 from model import check_counts, confidence, entropy
@@ -114,10 +114,8 @@ class Sums:
         self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))
         self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
         pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10))
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
-        )  # on any device
-        pairs = pairs[order.to(pairs.device)]
+        draws = torch.Generator("cpu").manual_seed(0)  # the same pairs on any device
+        pairs = pairs[torch.randperm(len(pairs), generator=draws, device="cpu").to(pairs.device)]
         self.heldout_pairs, self.train_pairs = pairs[:90], pairs[90:]
 
     def prompt(self, a, b):
@@ -354,7 +352,6 @@ def prepare(args, config):
         raise ValueError(f"torch finds no device {config.device!r} here") from None
     check_memory(config, *load(config, weights=False), args.workers)
     load(config)
-    open_out(args.out, config)
 
 
 def main(argv=None):
@@ -372,8 +369,7 @@ def main(argv=None):
             try:
                 config = config_of(args, RealConfig)
                 prepare(args, config)
-                stack.enter_context(owned(args.out))
-                open_out(args.out, config)  # again: another process may have come between
+                stack.enter_context(owned_run(args.out, config))
             except (ValueError, OSError) as error:
                 parser.error(str(error).splitlines()[0])
             complaints = run(config, args.out, args.workers, train)

@@ -25,7 +25,7 @@ from experiments.one_update import closely
 from experiments.real_model import RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
-from experiments.verdicts import MARGIN, judge
+from experiments.verdicts import MARGIN, SPEED, judge
 from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp, verified
 from ntk import agreement, logit_change
 
@@ -354,10 +354,9 @@ def found(results):
     said = [order.counts(*results[name]) for name in MAPS]
     cells = {what: sum(each[what] for each in said) for what in said[0]}
     tuned = [[tuned_against(results, name, base) for base in (order.OWN, order.CONSTANT)] for name in MAPS]
-    tuned = [[text.replace(f" (within {MARGIN:g})", "") for text in pair] for pair in tuned]
-    closed = (
-        "helps too" if any(text.startswith("faster") for pair in tuned for text in pair) else "has not been seen to"
-    )
+    ahead = any(speed == SPEED["more"] for pair in tuned for speed, _ in pair)
+    closed = "helps too" if ahead else "has not been seen to"
+    tuned = [[f"{speed.partition(' (')[0]}, {gap}" for speed, gap in pair] for pair in tuned]  # README gives the margin
     carried = "carries over" if toy.faster("cf-rl") == real.faster("cf-rl") else "does not carry over"
     rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
@@ -392,11 +391,11 @@ ACCOUNTED = ((16, 20.0), (32, 20.0))  # cells of the map near the default, K = 2
 
 
 def tuned_against(results, name, base):
-    """CF-RL against another way to spend two rates, each at its best of a map, on fresh seeds; all asked together."""
+    """CF-RL against another way to spend two rates, each at its best of a map, on fresh seeds: how fast, all asked
+    together, and by how much."""
     gaps = order.tuned_gaps(order.tuned(*results[name]), results[f"{name}-again"][1])
-    words = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
     gap = gaps[order.CF_RL, base]
-    return f"{words[judge(gap, looks=len(gaps))]}, {over_seeds(gap, '+.3f')}"
+    return SPEED[judge(gap, looks=len(gaps))], over_seeds(gap, "+.3f")
 
 
 def order_said(results):
@@ -405,14 +404,14 @@ def order_said(results):
     for name, title in MAPS.items():
         config, summary = results[name]
         said, again = order.counts(config, summary), results[f"{name}-again"][0]
+        bases = (order.OWN, order.CONTROL, order.CONSTANT)
+        tuned = [", ".join(tuned_against(results, name, base)) for base in bases]
         lines.append(
             f"From {title}: in {sum(said.values())} of {len(config.cells)} cells stage 1 leaves something to do. There "
             f"CF-RL is ahead of its control in {said['more']}, behind in {said['less']}, equal (within "
             f"{MARGIN:g}) in {said['equal']}, and {said['undecided']} are undecided at {config.seeds} seeds, all asked "
             f"together. Each at its best cell, on {again.seeds} fresh seeds: CF-RL against that cell's control "
-            f"{tuned_against(results, name, order.OWN)}; against the best control "
-            f"{tuned_against(results, name, order.CONTROL)}; against plain RL with two constant rates "
-            f"{tuned_against(results, name, order.CONSTANT)}."
+            f"{tuned[0]}; against the best control {tuned[1]}; against plain RL with two constant rates {tuned[2]}."
         )
     return wrapped(" ".join(lines))
 

@@ -176,6 +176,15 @@ def owned(out):
         yield
 
 
+@contextlib.contextmanager
+def owned_run(out, config):
+    """Within, the folder holds this run and belongs to this process. ValueError or OSError as of open_out and owned."""
+    open_out(out, config)
+    with owned(out):
+        open_out(out, config)  # again: another process may have come between
+        yield
+
+
 def load_policy(config, out, arm, seed):
     """The task and a saved policy. Damaged if the file is damaged or holds something else."""
     task, file = Addition(config.digits), policy_file(out, arm, seed)

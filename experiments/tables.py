@@ -9,7 +9,7 @@ import textwrap
 
 from experiments.measures import KERNEL
 from experiments.runs import policy_file, read_rows
-from experiments.verdicts import MARGIN, half_width, judge
+from experiments.verdicts import SPEED, half_width, judge
 from minicfrl import Addition
 
 # -------------------------------------------------------------------------------------------------------------- summary
@@ -172,13 +172,12 @@ def verdict(config, summary):
     seeds = [set(summary[arm]["seed"]) if arm in summary else set() for arm in arms]
     if not set.intersection(*seeds):
         return f"No verdict without all of {', '.join(arms)}, on one seed at least."
-    words = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
     names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "its control"}
     said, parts = {}, []
     for arm, base in (arms[1::-1], arms[2::-2], arms[1:]):
         gaps = paired(summary, arm, base)
         said[arm, base] = judge(gaps)
-        word = f": {words[said[arm, base]]}" if config.seeds > 1 else ""
+        word = f": {SPEED[said[arm, base]]}" if config.seeds > 1 else ""
         parts.append(f"{names[arm]} minus {names[base]} {over_seeds(gaps, '+.3f')}{word}")
     updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
     took = [f"{n:g}" if (n := statistics.median(values)) < math.inf else "more" for values in updates]

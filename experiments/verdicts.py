@@ -8,6 +8,9 @@ import torch
 
 MARGIN = 0.02  # of accuracy, fixed beforehand: two ways of training that differ by less count as equally good
 
+# What judge says, of how fast two ways of training are.
+SPEED = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
+
 
 @functools.lru_cache
 def student_t(p, freedom):

@@ -1,11 +1,10 @@
-"""Classifier-first reinforcement learning (CF-RL) on arithmetic whose answers a program can verify.
+"""Classifier-first reinforcement learning (CF-RL): policy-gradient RL in stages, the first of which trains W alone.
 
-CF-RL (Tomihari, arXiv 2601.04670) is policy-gradient RL in two stages: first the classifier W alone, then the whole
-policy. This file holds all of it but the policy itself (model.py): the task and its verifier; rollouts; group
-advantages (E2), the policy-gradient loss (E3), the same gradient for W written out by hand (E4), an optional KL
-penalty (E6) and the two stages (E5); and the supervised fine-tuning that makes the starting policy. Left out on
-purpose: replay, ratio clipping, several updates per batch, temperature, a Trainer. Every batch is sampled from the
-policy it updates.
+CF-RL (Tomihari, arXiv 2601.04670) trains the classifier W first, then the whole policy. This file holds all of it but
+the policy (model.py), top down: stages; advantages (E2), the loss (E3), its gradient for W by hand (E4), a KL penalty
+(E6); the loop (E5). Then what the loop needs: rollouts, the supervised fine-tuning that makes a starting policy, and
+the task, arithmetic whose answers a program can verify. Left out on purpose: replay, ratio clipping, several updates
+per batch, temperature, a Trainer. Every batch is sampled from the policy it updates.
 
 Shapes: P prompts, G samples per prompt, R = P*G rows, T tokens, L = T-1 states, V vocabulary, d features. A state is
 the position a token is predicted FROM, so the response token at t was chosen by the state at t-1. Entropy is in nats.
@@ -16,255 +15,58 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from model import GPT, check_counts, check_tokens, entropy, residuals, sample, token_logp
 
-# ---------------------------------------------------------------------------------------------------------------- task
-
-
-class Addition:
-    """Sums of two numbers of `digits` digits (1 to 3). A prompt is `12+34=`; a response takes one of three patterns:
-
-    D  direct:  D, then the answer. Demonstrated with the carries dropped: sure of itself, right if nothing carries.
-    S  scratch: S, then for each column from the right its carry and its digit, then `;` and the answer.
-    G  guess:   G, then random digits.
-
-    About a tenth of the operand pairs is held out, (b, a) together with (a, b). The end token is no part of any text.
-
-    >>> task = Addition(digits=2)
-    >>> task.prompt(47, 85), [task.demonstration(47, 85, pattern) for pattern in "DS"]
-    ('47+85=', ['D022', 'S1213;132'])
-    >>> task.verify("47+85=", "S1213;132"), task.verify("47+85=", "D022")
-    (1.0, 0.0)
-    """
-
-    patterns = "DSG"
-    alphabet = "0123456789+=;DSG"
-
-    def __init__(self, digits: int = 2):
-        check_counts(digits=digits)
-        if digits > 3:
-            raise ValueError(f"digits must be 1, 2 or 3, not {digits}")
-        self.digits = digits
-        self.vocab_size = len(self.alphabet) + 1
-        self.end_token = len(self.alphabet)
-        self.tokenizer = tiktoken.Encoding(
-            "addition",
-            pat_str=".",
-            mergeable_ranks={character.encode(): token for token, character in enumerate(self.alphabet)},
-            special_tokens={"<end>": self.end_token},
-        )
-        self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (S) and the end token
-        size = (10**digits, 10**digits)  # of one dtype, whatever the default: the split must never move
-        draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-        held_out = torch.minimum(draw, draw.T) < 0.05  # symmetric: knowing b+a must not give a+b away
-        order = torch.randperm(int(held_out.sum()), generator=torch.Generator().manual_seed(0))
-        self.heldout_pairs, self.train_pairs = held_out.nonzero()[order], (~held_out).nonzero()  # (N, 2) each
-
-    def prompt(self, a: int, b: int) -> str:
-        """The question as text, both operands zero-padded. ValueError for an operand out of range."""
-        for operand in (a, b):
-            if not isinstance(operand, int) or not 0 <= operand < 10**self.digits:
-                raise ValueError(f"operand {operand!r} is not a whole number of 1 to {self.digits} digits")
-        return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
-
-    def operands(self, prompt: str) -> tuple[int, int]:
-        """The inverse of `prompt`. ValueError for any other text."""
-        match = re.fullmatch(rf"([0-9]{{{self.digits}}})\+([0-9]{{{self.digits}}})=", prompt)
-        if not match:
-            raise ValueError(f"{prompt!r} is not a prompt such as {self.prompt(1, 2)!r}")
-        return int(match[1]), int(match[2])
-
-    def demonstration(self, a: int, b: int, pattern: str, *, noise: float = 0.0, generator=None) -> str:
-        """A response in the given pattern. In S each column's digit is wrong with probability `noise`, and the answer
-        repeats what the columns say. `generator` draws the noise and the digits of G. ValueError for a bad argument."""
-        self.prompt(a, b)  # checks the operands
-        if not 0 <= noise <= 1:
-            raise ValueError(f"noise must lie between 0 and 1, not {noise}")
-        if pattern == "G":
-            guess = torch.randint(10, (self.digits + 1,), generator=generator)
-            return "G" + "".join(map(str, guess.tolist()))
-        columns = [(a // 10**i % 10, b // 10**i % 10) for i in range(self.digits)]  # from the right
-        if pattern == "D":
-            return "D0" + "".join(str((x + y) % 10) for x, y in reversed(columns))
-        if pattern != "S":
-            raise ValueError(f"pattern {pattern!r} is not one of {self.patterns}")
-        carry, scratch, answer = 0, "", ""
-        for x, y in columns:
-            carry, digit = divmod(x + y + carry, 10)
-            if noise and torch.rand((), generator=generator) < noise:
-                digit = (digit + int(torch.randint(1, 10, (), generator=generator))) % 10
-            scratch, answer = f"{scratch}{carry}{digit}", f"{digit}{answer}"
-        return f"S{scratch};{carry}{answer}"
-
-    def answer(self, response: str) -> str | None:
-        """What a response gives as its answer: all that follows D or G, what follows the only `;` of S, or None."""
-        pattern, rest = response[:1], response[1:]
-        if pattern == "S":
-            _, *rest = rest.split(";")
-            return rest[0] if len(rest) == 1 else None
-        return rest if pattern in ("D", "G") else None
-
-    def verify(self, prompt: str, response: str) -> float:
-        """The reward: 1.0 if the answer is the sum in digits + 1 digits, else 0.0. ValueError for a bad prompt."""
-        return float(self.answer(response) == f"{sum(self.operands(prompt)):0{self.digits + 1}d}")
-
-    def encode(self, text: str) -> list[int]:
-        """Text -> tokens, one per character. ValueError naming a foreign character."""
-        for character in text:
-            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
-                raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
-        return self.tokenizer.encode_ordinary(text)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens -> text. ValueError naming a token that stands for no character (the end token, for one)."""
-        for token in tokens:
-            if type(token) is not int or not 0 <= token < self.end_token:
-                raise ValueError(f"token {token!r} stands for no character")
-        return self.tokenizer.decode(tokens)
-
-
-# ------------------------------------------------------------------------------------------------------------- rollouts
+# -------------------------------------------------------------------------------------------------- stages and settings
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """G responses to each of P prompts, as sampled. Rows are grouped by prompt: row p*G + g is sample g of prompt p."""
+class Stage:
+    """A part of a run: so many updates, what they train and how fast. ValueError for unusable values."""
 
-    tokens: Tensor  # (R, T) int64
-    mask: Tensor  # (R, T) bool, true on response tokens: the end token included, nothing after it
-    logits: Tensor  # (R, T-1, V), those that were sampled from
-    rewards: Tensor  # (P, G)
-    responses: tuple[str, ...]  # R texts, without the end token
+    steps: int  # optimiser steps: not micro-batches, not epochs
+    trains: str = "all"  # or "classifier", or the beginning of parameter names: "body", "body.blocks.1", "body.norm"
+    lr: float = 4e-4  # learning rate of what is trained
+    classifier_lr: float | None = None  # that of W, if it has one of its own
 
-    @property
-    def state_mask(self) -> Tensor:
-        """(R, T) bool: true on the states that chose the response tokens, one position earlier than `mask`."""
-        return torch.cat((self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])), dim=1)
-
-    @property
-    def logp(self) -> Tensor:
-        """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats."""
-        return token_logp(self.logits, self.tokens[:, 1:])
-
-    @property
-    def state_logits(self) -> Tensor:
-        """(N, V): the logits of the N states that chose a response token, row by row."""
-        return self.logits[self.mask[:, 1:]]
+    def __post_init__(self):
+        _check_stage(self)
 
 
-def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None, pattern: str = "") -> Rollout:
-    """Sample `samples` responses to each prompt and verify them; greedily if there is no generator.
+def two_stages(steps=80, classifier_steps=20, lr=4e-4, classifier_lr=8e-3, trains="classifier") -> tuple[Stage, ...]:
+    """CF-RL: of all `steps` updates the first `classifier_steps` train W alone, at a rate of its own, the rest
+    everything at `lr`. The rate is the point: here it is 20 times `lr`, and at `lr` CF-RL is slower than plain RL.
 
-    `pattern` forces the first token of every response. A response without an end token is unfinished and earns 0.
+    trains="all" makes the **matched control**: the same rates, the same fresh optimiser, and nothing is frozen.
+    classifier_steps=0 makes plain RL, of one stage. ValueError unless 0 <= classifier_steps <= steps.
     """
-    check_counts(prompts=len(prompts), samples=samples)
-    start = torch.tensor([task.encode(prompt + pattern) for prompt in prompts])  # (P, T0)
-    tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator, samples)
-    responses, rewards = [], []
-    rows = zip(tokens[:, start.size(1) :].tolist(), mask.sum(dim=1).tolist(), strict=True)
-    for i, (response, length) in enumerate(rows):
-        ended = response[length - 1] == task.end_token
-        responses.append(pattern + task.decode(response[: length - ended]))
-        rewards.append(task.verify(prompts[i // samples], responses[-1]) * ended)
-    rewards = torch.tensor(rewards, dtype=logits.dtype).view(-1, samples)
-    return Rollout(tokens, mask, logits, rewards, tuple(responses))
-
-
-def verified(batch: Rollout, generator=None) -> Tensor:
-    """The rewards (P, G) to train on: the verifier's own. An experiment may put another judge in its place."""
-    return batch.rewards
-
-
-# -------------------------------------------------------------------------------------------------- settings and checks
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _check_stages(config):
-    if type(config.classifier_steps) is not int or not 0 <= config.classifier_steps <= config.steps:
-        raise ValueError(f"classifier_steps={config.classifier_steps!r} is not between 0 and steps={config.steps}")
-
-
-BASELINES = ("std", "mean", "rloo", "none")
-OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}  # names in torch.optim
+    if type(classifier_steps) is not int or not 0 <= classifier_steps <= steps:
+        raise ValueError(f"classifier_steps={classifier_steps!r} is not between 0 and steps={steps}")
+    first = [Stage(classifier_steps, trains, lr, classifier_lr)] if classifier_steps else []
+    return (*first, Stage(steps - classifier_steps, "all", lr)) if classifier_steps < steps else tuple(first)
 
 
 @dataclass(frozen=True)
 class RLConfig:
-    """Reinforcement learning; `classifier_steps` > 0 makes it CF-RL. ValueError for unusable values."""
+    """Reinforcement learning, by default CF-RL. ValueError for unusable values."""
 
-    steps: int = 80  # updates, those of stage 1 included
-    classifier_steps: int = 0  # updates of stage 1
+    stages: tuple[Stage, ...] = field(default_factory=two_stages)  # one after the other
     prompts: int = 32  # per update
     samples: int = 8  # responses per prompt: the group
     optimizer: str = "adam"  # or sgd
-    lr: float = 4e-4  # of everything, but for W in stage 1
-    classifier_lr: float = 8e-3  # of W in stage 1
-    stage_1: str = "classifier"  # what stage 1 trains; "all" is the matched control, "body" freezes the classifier
-    reward: Callable = verified  # (Rollout, generator) -> rewards (P, G)
+    reward: Callable = lambda batch, generator: batch.rewards  # the verifier's (P, G), or those of another judge
     baseline: str = "std"  # the kind of group_advantages
     kl: float = 0.0  # lambda of (E6), per nat
 
     def __post_init__(self):
-        check_counts(steps=self.steps, prompts=self.prompts, samples=self.samples)
-        _check_stages(self)
-        for name in ("lr", "classifier_lr", "kl"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
-        if self.stage_1 not in ("classifier", "body", "all"):
-            raise ValueError(f"stage_1 must be classifier, body or all, not {self.stage_1!r}")
-        if not callable(self.reward):
-            raise ValueError(f"reward must be a function of a rollout, not {self.reward!r}")
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("baseline", self.baseline, BASELINES)
-        if self.samples == 1 and self.baseline != "none":
-            raise ValueError(f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
-
-
-@contextlib.contextmanager
-def naming_the_step(step):
-    """Within, a FloatingPointError says at which step it happened."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}") from None
-
-
-def _require_finite(name, value):
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the {name} is {value}")
-
-
-def _descend(optimizer):
-    """One optimiser step along the gradients in place; returns their norm. FloatingPointError if it is not finite."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-    _require_finite("gradient norm", norm)
-    optimizer.step()
-    return norm
-
-
-def _check_rows(mask, advantages, **others):
-    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
-    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
-        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
-
-
-def _token_count(mask, count):
-    count = int(mask.sum()) if count is None else count
-    if count < 1:
-        raise ValueError("mask selects no token")
-    return count
+        _check_rl(self)
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -283,11 +85,7 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     >>> group_advantages(torch.tensor([[1., 0., 1., 0.], [.1, .1, .1, .1]])).tolist()
     [[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    if rewards.ndim != 2 or rewards.size(1) == 0 or not rewards.is_floating_point():
-        raise ValueError(f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
-    if not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
-    _check_choice("kind", kind, BASELINES)
+    _check_rewards(rewards, kind)
     if kind == "none":
         return rewards.clone()
     G = rewards.size(1)
@@ -348,13 +146,17 @@ def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, sample
 SLICE = 128  # rows scored at once
 
 
-def _backward(model, batch, advantages, classifier_only):
-    """Leave the gradient of (E3), or in stage 1 of W alone, in `.grad`. Rows without advantage add exactly nothing to
-    it, so only the others are scored, a slice at a time: with one count of tokens for the batch the slices add up."""
+def _backward(model, batch, advantages, stage, trained):
+    """Leave the gradient of (E3), in a stage of W alone by (E4), in `.grad` of the parameters `trained`.
+
+    All others have none. Frozen means None: with a gradient of 0 Adam's momentum would go on moving them. Rows without
+    advantage add exactly nothing, so only the others are scored, a slice at a time: with one N the slices add up.
+    """
     W, count = model.classifier.weight, int(batch.mask.sum())
+    model.zero_grad()
     for rows in advantages.nonzero().flatten().split(SLICE):  # if there is none, one empty slice: a gradient of zeros
         tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
-        if classifier_only:
+        if stage.trains == "classifier":
             with torch.no_grad():  # nothing is differentiated
                 features = model.features(tokens)[:, :-1]  # (R, L, d)
                 logits, actions = model.classifier(features), tokens[:, 1:]
@@ -363,56 +165,126 @@ def _backward(model, batch, advantages, classifier_only):
         else:
             loss = policy_gradient_loss(sequence_logp(model, tokens), advantages[rows], mask, count)  # (E3)
             _require_finite("loss", loss.item())
-            loss.backward()
+            loss.backward(inputs=trained)
+
+
+def _descend(optimizer):
+    """One optimiser step, in place; returns the gradients' norm. FloatingPointError if that is not finite.
+
+    Nothing is clipped: one norm for all would hold W back where the body learns, and not where it rests.
+    """
+    norm = get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None]).item()
+    _require_finite("gradient norm", norm)
+    optimizer.step()
+    return norm
 
 
 def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
-    """RL in two stages (E5): W alone for `classifier_steps` updates, then W and the body together.
+    """RL in stages (E5). CF-RL has two: W alone, then W and the body together.
 
-    Each stage starts with a fresh optimiser, so stage 2 IS ordinary RL from the policy that stage 1 left, and with
-    classifier_steps = 0 there is nothing else. With stage_1="all" nothing is ever frozen, and all else is the same: W
-    moves at classifier_lr in stage 1 and at lr in stage 2, the optimiser restarts. That is the matched control, which
-    tells the freezing from the classifier's learning rate.
+    A stage begins with a fresh optimiser, fresh for ALL parameters: so stage 2 IS ordinary RL from the policy that
+    stage 1 left, and CF-RL differs from its control in the freezing alone.
 
-    Yields one record per update: step; stage; reward (mean over the batch, before the update); entropy (exact, mean
-    over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled in this
-    update). Raises FloatingPointError, naming the step and the quantity, rather than train on what is not finite.
+    Yields one record per update: step; stage (1, 2, ...); reward (mean over the batch, before the update); entropy
+    (exact, mean over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled
+    in this update). FloatingPointError, naming step and quantity, rather than train on what is not finite.
     """
-    reference = copy.deepcopy(model) if config.kl else None
-    for step in range(1, config.steps + 1):
-        stage = 1 if step <= config.classifier_steps else 2
-        trained = config.stage_1 if stage == 1 else "all"
-        if step in (1, config.classifier_steps + 1):  # (E5)
-            classifier_lr = config.classifier_lr if stage == 1 else config.lr
-            groups = [{"params": model.classifier.parameters(), "lr": classifier_lr}] if trained != "body" else []
-            if trained != "classifier":
-                groups.append({"params": model.body.parameters(), "lr": config.lr})
-            optimizer = getattr(torch.optim, OPTIMIZERS[config.optimizer])(groups)
-        with naming_the_step(step):
-            # Sample G responses to each of P training prompts, and let the verifier judge them.
-            pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
-            batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, generator)
-            rewards = config.reward(batch, generator)  # (P, G)
-            # Compare every sample with its group.
-            advantages = group_advantages(rewards, config.baseline)  # (P, G)  (E2)
-            if reference is not None:
-                with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit
-                    logp, reference_logp = (sequence_logp(policy, batch.tokens) for policy in (model, reference))
-                log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
-                advantages = advantages - config.kl * log_ratio  # (E6)
-            # Gradient and step.
-            optimizer.zero_grad()
-            _backward(model, batch, advantages.flatten(), trained == "classifier")
-            gradient_norm = _descend(optimizer)
-        yield {
-            "step": step,
-            "stage": stage,
-            "reward": rewards.mean().item(),
-            "entropy": entropy(batch.state_logits).mean().item(),
-            "flat": 1 - (advantages != 0).float().mean().item(),
-            "gradient_norm": gradient_norm,
-            "tokens": int(batch.mask.sum()),
-        }
+    reference, step = copy.deepcopy(model) if config.kl else None, 0
+    for number, stage in enumerate(config.stages, start=1):
+        optimizer = _optimizer(model, stage, config.optimizer)  # (E5)
+        for _ in range(stage.steps):
+            step += 1
+            with naming_the_step(step):
+                # Sample G responses to each of P training prompts, and let the verifier judge them.
+                pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=generator)]
+                prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+                batch = rollout(model, task, prompts, config.samples, generator)
+                rewards = config.reward(batch, generator)  # (P, G)
+                # Compare every sample with its group.
+                advantages = group_advantages(rewards, config.baseline)  # (P, G)  (E2)
+                if reference is not None:
+                    with torch.no_grad():  # both by one function: at the start the ratio is 0 to the bit
+                        logp, reference_logp = (sequence_logp(policy, batch.tokens) for policy in (model, reference))
+                    log_ratio = centred_log_ratio(logp, reference_logp, batch.mask[:, 1:], config.samples)
+                    advantages = advantages - config.kl * log_ratio  # (E6)
+                # Gradient and step.
+                _backward(model, batch, advantages.flatten(), stage, _parameters(optimizer))
+                gradient_norm = _descend(optimizer)
+            yield {
+                "step": step,
+                "stage": number,
+                "reward": rewards.mean().item(),
+                "entropy": entropy(batch.state_logits).mean().item(),
+                "flat": 1 - (advantages != 0).float().mean().item(),
+                "gradient_norm": gradient_norm,
+                "tokens": int(batch.mask.sum()),
+            }
+
+
+def _optimizer(model, stage, kind, **settings):
+    """A fresh optimiser of what a stage trains, W at its own rate. What rests is not in it: weight decay would move it.
+
+    Parameters that require no gradient rest too. ValueError if there is nothing to train.
+    """
+    W, classifier_lr = model.classifier.weight, stage.lr if stage.classifier_lr is None else stage.classifier_lr
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [p for name, p in named if stage.trains == "all" or f"{name}.".startswith(f"{stage.trains}.")]
+    if not trained:
+        raise ValueError(f"trains={stage.trains!r} names no parameter of the model that can be trained")
+    groups = [{"params": [p for p in trained if p is W], "lr": classifier_lr}]
+    groups += [{"params": [p for p in trained if p is not W], "lr": stage.lr}]
+    return OPTIMIZERS[kind](groups, **settings)
+
+
+def _parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G responses to each of P prompts, as sampled. Rows are grouped by prompt: row p*G + g is sample g of prompt p."""
+
+    tokens: Tensor  # (R, T) int64
+    mask: Tensor  # (R, T) bool, true on response tokens: the end token included, nothing after it
+    logits: Tensor  # (R, T-1, V), those that were sampled from
+    rewards: Tensor  # (P, G)
+    responses: tuple[str, ...]  # R texts, without the end token
+
+    @property
+    def state_mask(self) -> Tensor:
+        """(R, T) bool: true on the states that chose the response tokens, one position earlier than `mask`."""
+        return torch.cat((self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])), dim=1)
+
+    @property
+    def logp(self) -> Tensor:
+        """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats."""
+        return token_logp(self.logits, self.tokens[:, 1:])
+
+    @property
+    def state_logits(self) -> Tensor:
+        """(N, V): the logits of the N states that chose a response token, row by row."""
+        return self.logits[self.mask[:, 1:]]
+
+
+def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None, pattern: str = "") -> Rollout:
+    """Sample `samples` responses to each prompt and verify them; greedily if there is no generator.
+
+    `pattern` forces the first token of every response. A response without an end token is unfinished and earns 0.
+    """
+    check_counts(prompts=len(prompts), samples=samples)
+    start = torch.tensor([task.encode(prompt + pattern) for prompt in prompts])  # (P, T0)
+    tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator, samples)
+    responses, rewards = [], []
+    rows = zip(tokens[:, start.size(1) :].tolist(), mask.sum(dim=1).tolist(), strict=True)
+    for i, (response, length) in enumerate(rows):
+        ended = response[length - 1] == task.end_token
+        responses.append(pattern + task.decode(response[: length - ended]))
+        rewards.append(task.verify(prompts[i // samples], responses[-1]) * ended)
+    rewards = torch.tensor(rewards, dtype=logits.dtype).view(-1, samples)
+    return Rollout(tokens, mask, logits, rewards, tuple(responses))
 
 
 # -------------------------------------------------------------------------------------------------- the starting policy
@@ -422,23 +294,18 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
 class SFTConfig:
     """Supervised fine-tuning, which makes the starting policy. ValueError for unusable values."""
 
-    steps: int = 1000  # updates, those of linear probing included
-    classifier_steps: int = 0  # updates of linear probing: the classifier alone, before everything (LP-FT)
+    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(1000, lr=3e-3),))  # Adam's rates, at their highest
     rows: int = 48  # demonstrations per update
-    lr: float = 3e-3  # Adam's: it rises over 20 updates, and falls linearly over all of them
-    classifier_lr: float = 8e-3  # the same in linear probing
-    noise: float = 0.1  # probability that a column of S is demonstrated wrong
-    mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: D, S, G
+    noise: float = 0.1  # probability that a column of s is demonstrated wrong
+    mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: d, s, g
 
     def __post_init__(self):
-        check_counts(steps=self.steps, rows=self.rows)
-        _check_stages(self)
+        _check_stages(self.stages)
+        check_counts(rows=self.rows)
         if len(self.mixture) != len(Addition.patterns):
             raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
-        rates_fit = all(0 <= lr < math.inf for lr in (self.lr, self.classifier_lr))
-        if not (rates_fit and 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf):
-            values = f"lr={self.lr}, classifier_lr={self.classifier_lr}, noise={self.noise} or mixture={self.mixture}"
-            raise ValueError(f"{values} is out of range")
+        if not (0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf):
+            raise ValueError(f"noise={self.noise} or mixture={self.mixture} is out of range")
 
 
 def _demonstrations(task, config, generator):
@@ -457,18 +324,206 @@ def _demonstrations(task, config, generator):
 
 
 def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Iterator[dict]:
-    """Fit the policy to demonstrations: (E3) with every advantage 1. Yields step, stage and loss after each update."""
-    for step in range(1, config.steps + 1):
-        stage = 1 if step <= config.classifier_steps else 2
-        if step in (1, config.classifier_steps + 1):
-            trained, lr = (model.classifier, config.classifier_lr) if stage == 1 else (model, config.lr)
-            optimizer = torch.optim.Adam(trained.parameters(), betas=(0.9, 0.98))
-        tokens, mask = _demonstrations(task, config, generator)
-        optimizer.param_groups[0]["lr"] = lr * min(step / 20, 1 - (step - 1) / config.steps)
-        optimizer.zero_grad()
-        loss = policy_gradient_loss(sequence_logp(model, tokens), torch.ones(config.rows), mask[:, 1:])
-        loss.backward()
-        with naming_the_step(step):
-            _require_finite("loss", loss.item())
-            _descend(optimizer)
-        yield {"step": step, "stage": stage, "loss": loss.item()}
+    """Fit the policy to demonstrations: (E3) with every advantage 1. Yields step, stage and loss after each update.
+
+    The rates rise over 20 updates, and fall linearly over all of them.
+    """
+    step, steps = 0, sum(stage.steps for stage in config.stages)
+    for number, stage in enumerate(config.stages, start=1):
+        optimizer = _optimizer(model, stage, "adam", betas=(0.9, 0.98))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for _ in range(stage.steps):
+            step += 1
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(step / 20, 1 - (step - 1) / steps)
+            tokens, mask = _demonstrations(task, config, generator)
+            model.zero_grad()
+            loss = policy_gradient_loss(sequence_logp(model, tokens), torch.ones(config.rows), mask[:, 1:])
+            loss.backward(inputs=_parameters(optimizer))
+            with naming_the_step(step):
+                _require_finite("loss", loss.item())
+                _descend(optimizer)
+            yield {"step": step, "stage": number, "loss": loss.item()}
+
+
+# ------------------------------------------------------------------------------------------- the task, and its verifier
+
+
+class Addition:
+    """Sums of two numbers of `digits` digits (1 to 3). A prompt is `12+34=`; a response takes one of three patterns:
+
+    d  direct:  d, then the answer. Demonstrated with the carries dropped: sure of itself, right if nothing carries.
+    s  scratch: s, then for each column from the right its carry and its digit, then `;` and the answer.
+    g  guess:   g, then random digits.
+
+    About a tenth of the operand pairs is held out, (b, a) together with (a, b). The end token is no part of any text.
+
+    >>> task = Addition(digits=2)
+    >>> task.prompt(47, 85), [task.demonstration(47, 85, pattern) for pattern in "ds"]
+    ('47+85=', ['d022', 's1213;132'])
+    >>> task.verify("47+85=", "s1213;132"), task.verify("47+85=", "d022")
+    (1.0, 0.0)
+    """
+
+    patterns = "dsg"
+    alphabet = "0123456789+=;dsg"
+
+    def __init__(self, digits: int = 2):
+        check_counts(digits=digits)
+        if digits > 3:
+            raise ValueError(f"digits must be 1, 2 or 3, not {digits}")
+        self.digits = digits
+        self.vocab_size = len(self.alphabet) + 1
+        self.end_token = len(self.alphabet)
+        self.tokenizer = tiktoken.Encoding(
+            "addition",
+            pat_str=".",
+            mergeable_ranks={character.encode(): token for token, character in enumerate(self.alphabet)},
+            special_tokens={"<end>": self.end_token},
+        )
+        self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (s) and the end token
+        size = (10**digits, 10**digits)  # of one dtype, whatever the default: the split must never move
+        draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        held_out = torch.minimum(draw, draw.T) < 0.05  # symmetric: knowing b+a must not give a+b away
+        order = torch.randperm(int(held_out.sum()), generator=torch.Generator().manual_seed(0))
+        self.heldout_pairs, self.train_pairs = held_out.nonzero()[order], (~held_out).nonzero()  # (N, 2) each
+
+    def prompt(self, a: int, b: int) -> str:
+        """The question as text, both operands zero-padded. ValueError for an operand out of range."""
+        for operand in (a, b):
+            if not isinstance(operand, int) or not 0 <= operand < 10**self.digits:
+                raise ValueError(f"operand {operand!r} is not a whole number of 1 to {self.digits} digits")
+        return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
+
+    def operands(self, prompt: str) -> tuple[int, int]:
+        """The inverse of `prompt`. ValueError for any other text."""
+        match = re.fullmatch(rf"([0-9]{{{self.digits}}})\+([0-9]{{{self.digits}}})=", prompt)
+        if not match:
+            raise ValueError(f"{prompt!r} is not a prompt such as {self.prompt(1, 2)!r}")
+        return int(match[1]), int(match[2])
+
+    def demonstration(self, a: int, b: int, pattern: str, *, noise: float = 0.0, generator=None) -> str:
+        """A response in the given pattern. In s each column's digit is wrong with probability `noise`, and the answer
+        repeats what the columns say. `generator` draws the noise and the digits of g. ValueError for a bad argument."""
+        self.prompt(a, b)  # checks the operands
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise must lie between 0 and 1, not {noise}")
+        if pattern == "g":
+            guess = torch.randint(10, (self.digits + 1,), generator=generator)
+            return "g" + "".join(map(str, guess.tolist()))
+        columns = [(a // 10**i % 10, b // 10**i % 10) for i in range(self.digits)]  # from the right
+        if pattern == "d":
+            return "d0" + "".join(str((x + y) % 10) for x, y in reversed(columns))
+        if pattern != "s":
+            raise ValueError(f"pattern {pattern!r} is not one of {self.patterns}")
+        carry, scratch, answer = 0, "", ""
+        for x, y in columns:
+            carry, digit = divmod(x + y + carry, 10)
+            if noise and torch.rand((), generator=generator) < noise:
+                digit = (digit + int(torch.randint(1, 10, (), generator=generator))) % 10
+            scratch, answer = f"{scratch}{carry}{digit}", f"{digit}{answer}"
+        return f"s{scratch};{carry}{answer}"
+
+    def answer(self, response: str) -> str | None:
+        """What a response gives as its answer: all that follows d or g, what follows the only `;` of s, or None."""
+        pattern, rest = response[:1], response[1:]
+        if pattern == "s":
+            _, *rest = rest.split(";")
+            return rest[0] if len(rest) == 1 else None
+        return rest if pattern in ("d", "g") else None
+
+    def verify(self, prompt: str, response: str) -> float:
+        """The reward: 1.0 if the answer is the sum in digits + 1 digits, else 0.0. ValueError for a bad prompt."""
+        return float(self.answer(response) == f"{sum(self.operands(prompt)):0{self.digits + 1}d}")
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> tokens, one per character. ValueError naming a foreign character."""
+        for character in text:
+            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
+                raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
+        return self.tokenizer.encode_ordinary(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens -> text. ValueError naming a token that stands for no character (the end token, for one)."""
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.end_token:
+                raise ValueError(f"token {token!r} stands for no character")
+        return self.tokenizer.decode(tokens)
+
+
+# --------------------------------------------------------------------------------------------------------- small checks
+
+
+@contextlib.contextmanager
+def naming_the_step(step):
+    """Within, a FloatingPointError says at which step it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from None
+
+
+def _require_finite(name, value):
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value}")
+
+
+BASELINES = ("std", "mean", "rloo", "none")
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_rates(**rates):
+    for name, value in rates.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, not {value}")
+
+
+def _check_stage(stage):
+    check_counts(steps=stage.steps)
+    _check_rates(lr=stage.lr, classifier_lr=stage.classifier_lr or 0.0)
+    if not isinstance(stage.trains, str) or not stage.trains:
+        raise ValueError(f"trains must be all, classifier or the beginning of names, not {stage.trains!r}")
+
+
+def _check_stages(stages):
+    if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise ValueError(f"stages must be a tuple of Stage, at least one, not {stages!r}")
+
+
+def _check_rl(config):
+    _check_stages(config.stages)
+    check_counts(prompts=config.prompts, samples=config.samples)
+    _check_rates(kl=config.kl)
+    if not callable(config.reward):
+        raise ValueError(f"reward must be a function of a rollout, not {config.reward!r}")
+    _check_choice("optimizer", config.optimizer, OPTIMIZERS)
+    _check_choice("baseline", config.baseline, BASELINES)
+    if config.samples == 1 and config.baseline != "none":
+        raise ValueError(f"samples=1 leaves the baseline {config.baseline!r} no group to compare with")
+
+
+def _check_rewards(rewards, kind):
+    if rewards.ndim != 2 or rewards.size(1) == 0 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
+    _check_choice("kind", kind, BASELINES)
+
+
+def _check_rows(mask, advantages, **others):
+    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
+    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
+        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
+
+
+def _token_count(mask, count):
+    count = int(mask.sum()) if count is None else count
+    if count < 1:
+        raise ValueError("mask selects no token")
+    return count

@@ -4,10 +4,11 @@
 
 The **body** (theta) turns a prefix x into the features phi, the last hidden state after the final LayerNorm; the
 **classifier** W, also called the unembedding, turns features into next-token logits. Paper: Tomihari, "Learning
-Dynamics in RL Post-Training for Language Models", arXiv 2601.04670. The cut needs two departures from GPT-2: W is NOT
-tied to the token embedding (else W would sit inside phi too), and it has no bias. Everything else is GPT-2: learned
-positions, pre-norm blocks, exact GELU, a 4x MLP. Left out on purpose: dropout, fused attention (on CPU it has no
-forward-mode derivative, which theory asks for), devices, mixed precision.
+Dynamics in RL Post-Training for Language Models", arXiv 2601.04670. For the cut W is NOT tied to the token embedding,
+as GPT-2's is: tied, W would sit inside phi too, and to train W alone would move the features. (To untie a model:
+`head.weight = nn.Parameter(head.weight.detach().clone())`.) Everything else is GPT-2 with the exact GELU: learned
+positions, pre-norm blocks, a 4x MLP. Left out on purpose: dropout, fused attention (on CPU it has no forward-mode
+derivative, which theory asks for), devices, mixed precision.
 
 Shapes: B rows, T tokens, V vocabulary, d features, h heads, S positions attended to.
 """
@@ -135,7 +136,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Top-1 probability: (..., V) -> (...)."""
+    """The top-1 probability, that of the likeliest token: (..., V) -> (...)."""
     return logits.softmax(dim=-1).amax(dim=-1)
 
 

@@ -9,11 +9,12 @@ import math
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 
-from minicfrl import Addition, RLConfig, SFTConfig, supervised_finetune, train_rl
+from minicfrl import Addition, RLConfig, SFTConfig, Stage, supervised_finetune, train_rl, two_stages
 from model import GPT, GPTConfig, check_counts
 
 MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
@@ -52,51 +53,61 @@ def log_probability(batch, generator=None):
 
 @dataclass(frozen=True)
 class Arm:
-    """What makes an arm: each is a function of the Config of the run."""
+    """What makes an arm. The stages are functions of the Config of the run."""
 
-    changes: Callable = lambda config: {}  # in the RLConfig that the flags describe, which is cf-rl's
-    imitate: Callable = lambda config: 0  # updates that imitate correct demonstrations of S, before RL or in its place
+    stages: Callable  # of RL
+    rl: dict = field(default_factory=dict)  # what else is not as the flags say, in RLConfig
+    imitation: Callable = lambda config: ()  # stages of imitating correct demonstrations of s, before those of RL
     nudge: bool = False  # is W first moved as far as stage 1 moves it, but anywhere?
 
 
-def plain(config):
-    return {"classifier_steps": 0}
+def cf_rl(config, **changes):
+    """The stages that the flags describe, cf-rl's; or others, by the arguments of two_stages that differ."""
+    flags = dict(steps=config.rl_steps, classifier_steps=config.classifier_steps)
+    return two_stages(**{**flags, "lr": config.lr, "classifier_lr": config.classifier_lr, **changes})
+
+
+def plain(config, **changes):
+    return cf_rl(config, classifier_steps=0, **changes)
 
 
 def sgd(config):
-    return {**plain(config), "optimizer": "sgd", "lr": config.sgd_lr}
+    return plain(config, lr=config.sgd_lr)
 
 
 def slow(config):  # internal feedback at plain RL's rate is gone in a few updates
-    return {**plain(config), "lr": config.lr / 8}
+    return plain(config, lr=config.lr / 8)
 
 
-def in_place_of_rl(config):
-    return config.rl_steps
+def nothing(config):
+    return ()
 
 
 ARMS = {
     "rl": Arm(plain),
-    "cf-rl": Arm(),
-    "rl-classifier-lr": Arm(lambda config: {"stage_1": "all"}),  # the matched control
-    "cf-rl-same-lr": Arm(lambda config: {"classifier_lr": config.lr}),
-    "classifier-only": Arm(lambda config: {"classifier_steps": config.rl_steps}),
-    "rl-sgd": Arm(sgd),
-    "body-first": Arm(lambda config: {"stage_1": "body"}),
-    "random-reward": Arm(lambda config: {**plain(config), "reward": coin_flips}),
-    "random-reward-sgd": Arm(lambda config: {**sgd(config), "reward": coin_flips}),
-    "self-certainty": Arm(lambda config: {**slow(config), "reward": self_certainty}),
-    "self-certainty-sgd": Arm(lambda config: {**sgd(config), "reward": self_certainty}),
-    "log-probability": Arm(lambda config: {**slow(config), "reward": log_probability}),
-    "kl-0.3": Arm(lambda config: {**plain(config), "kl": 0.3}),
-    "kl-1": Arm(lambda config: {**plain(config), "kl": 1.0}),
+    "cf-rl": Arm(cf_rl),
+    "control": Arm(lambda config: cf_rl(config, trains="all")),
+    "cf-rl-same-lr": Arm(lambda config: cf_rl(config, classifier_lr=config.lr)),
+    "classifier-only": Arm(lambda config: cf_rl(config, classifier_steps=config.rl_steps)),
+    "classifier-last": Arm(lambda config: cf_rl(config)[::-1]),
+    "fast-classifier": Arm(lambda config: cf_rl(config, classifier_steps=config.rl_steps, trains="all")),
+    "rl-sgd": Arm(sgd, {"optimizer": "sgd"}),
+    "body-first": Arm(lambda config: cf_rl(config, trains="body")),
+    "random-reward": Arm(plain, {"reward": coin_flips}),
+    "random-reward-sgd": Arm(sgd, {"optimizer": "sgd", "reward": coin_flips}),
+    "self-certainty": Arm(slow, {"reward": self_certainty}),
+    "self-certainty-sgd": Arm(sgd, {"optimizer": "sgd", "reward": self_certainty}),
+    "log-probability": Arm(slow, {"reward": log_probability}),
+    "kl-0.3": Arm(plain, {"kl": 0.3}),
+    "kl-1": Arm(plain, {"kl": 1.0}),
     "random-w": Arm(plain, nudge=True),
     "sft-rl-sgd": Arm(
-        lambda config: {**sgd(config), "steps": max(1, config.rl_steps - config.classifier_steps)},
-        imitate=lambda config: config.classifier_steps,
+        lambda config: plain(config, steps=config.rl_steps - config.classifier_steps, lr=config.sgd_lr),
+        {"optimizer": "sgd"},
+        imitation=lambda config: plain(config, steps=config.classifier_steps),
     ),
-    "ft": Arm(plain, imitate=in_place_of_rl),
-    "lp-ft": Arm(imitate=in_place_of_rl),
+    "ft": Arm(nothing, imitation=plain),
+    "lp-ft": Arm(nothing, imitation=cf_rl),
 }
 
 
@@ -104,44 +115,43 @@ def arm_named(name) -> Arm:
     """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them.
 
     ValueError for any other name."""
-    cell = re.fullmatch(r"(cf-rl|rl-classifier-lr)-([0-9]+)x([0-9.e-]+)", name)
-    if not cell and name not in ARMS:
-        raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
-    if not cell:
+    cell = re.fullmatch(r"(.+)-([0-9]+)x([0-9.e-]+)", name)
+    if name in ARMS:
         return ARMS[name]
+    if not cell or cell[1] not in ARMS:
+        raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
     arm, length, multiple = ARMS[cell[1]], int(cell[2]), float(cell[3])
-    return replace(
-        arm,
-        changes=lambda config: {
-            **arm.changes(config),
-            "classifier_steps": length,
-            "classifier_lr": multiple * config.lr,
-        },
-    )
+
+    def stages(config):
+        changes = {"classifier_steps": length, "classifier_lr": multiple * config.lr}
+        return arm.stages(SimpleNamespace(**{**vars(config), **changes}))
+
+    return replace(arm, stages=stages)
 
 
-CONTROLS = "rl,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only"
+CONTROLS = "rl,cf-rl,control,cf-rl-same-lr,classifier-only"
+(SFT,) = SFTConfig().stages
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 MAP = dict(seeds=10, arms="rl", measures="accuracy", stage_lengths="2,4,8,16,32", rate_multiples="1,5,20,40")
 # What was best on a map, each way to spend two rates, on seeds that chose nothing; and its cf-rl's own control.
 AGAIN = dict(seed=10, seeds=20, measures="accuracy")
-CHOSEN = "rl,cf-rl-8x40,rl-classifier-lr-16x40,rl-classifier-lr-80x40,rl-classifier-lr-8x40"
-CHOSEN_UNTAUGHT = "rl,cf-rl-32x40,rl-classifier-lr-32x20,rl-classifier-lr-80x20,rl-classifier-lr-32x40"
-SIZE = dict(arms="rl,cf-rl,rl-classifier-lr,rl-sgd", measures="few", eval_every=8)
+CHOSEN = "rl,cf-rl-8x40,control-16x40,control-80x40,control-8x40"
+CHOSEN_UNTAUGHT = "rl,cf-rl-32x40,control-32x20,control-80x20,control-32x40"
+SIZE = dict(arms="rl,cf-rl,control,rl-sgd", measures="few", eval_every=8)
 # Features, blocks, the rate of fine-tuning, that of RL, seeds; how the rates were chosen is in results.md.
 SIZES = (
-    (32, 2, SFTConfig.lr, 4e-4, 5),
-    (64, 2, SFTConfig.lr, 4e-4, 5),
-    (128, 2, SFTConfig.lr, 4e-4, 5),
+    (32, 2, SFT.lr, 4e-4, 5),
+    (64, 2, SFT.lr, 4e-4, 5),
+    (128, 2, SFT.lr, 4e-4, 5),
     (256, 2, 1e-3, 2e-4, 3),
-    (64, 4, SFTConfig.lr, 4e-4, 5),
+    (64, 4, SFT.lr, 4e-4, 5),
 )
 # An experiment is other defaults for the flags.
 EXPERIMENTS = {
     "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
     "learning": FIVE | UNTAUGHT | dict(arms=CONTROLS, rl_steps=160),
-    "classifier": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,rl-classifier-lr,body-first,random-w"),
+    "classifier": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,control,body-first,random-w"),
     "lp-ft": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,ft,lp-ft"),
     "regime-1": FIVE
     | dict(arms="rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=16),
@@ -172,21 +182,21 @@ class Config:
     """A run: the defaults, the flags with their help, and the record in config.json. ValueError for unusable values."""
 
     digits: int = option(2, "digits of each operand, 1 to 3")
-    sft_steps: int = option(SFTConfig.steps, "updates of supervised fine-tuning")
-    sft_lr: float = option(SFTConfig.lr, "Adam's learning rate in fine-tuning")
-    tilt: str = option("", "shares of D, S and G in 150 more updates of fine-tuning, as 0.8,0.01,0.19, if any")
-    rl_steps: int = option(RLConfig.steps, "updates of every arm, those of stage 1 included")
+    sft_steps: int = option(SFT.steps, "updates of supervised fine-tuning")
+    sft_lr: float = option(SFT.lr, "Adam's learning rate in fine-tuning")
+    tilt: str = option("", "shares of d, s and g in 150 more updates of fine-tuning, as 0.8,0.01,0.19, if any")
+    rl_steps: int = option(80, "updates of every arm, those of stage 1 included")
     classifier_steps: int = option(20, "updates of stage 1, in which CF-RL trains the classifier alone")
     prompts: int = option(RLConfig.prompts, "prompts per RL update")
     samples: int = option(RLConfig.samples, "responses per prompt in RL: the group of the baseline")
-    lr: float = option(RLConfig.lr, "Adam's learning rate in RL")
-    classifier_lr: float = option(RLConfig.classifier_lr, "Adam's learning rate for the classifier in stage 1")
+    lr: float = option(Stage.lr, "Adam's learning rate in RL")
+    classifier_lr: float = option(8e-3, "Adam's learning rate for the classifier in stage 1")
     sgd_lr: float = option(0.02, "SGD's learning rate in the arms that use it")
     baseline: str = option(RLConfig.baseline, "group baseline: std, mean, rloo or none")
     kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
     seed: int = option(0, "the first seed")
     seeds: int = option(1, "how many seeds, counted up from --seed")
-    arms: str = option("rl,cf-rl,rl-classifier-lr", f"arms, by commas, of {', '.join(ARMS)}")
+    arms: str = option("rl,cf-rl,control", f"arms, by commas, of {', '.join(ARMS)}")
     stage_lengths: str = option("", "a map: cf-rl and its control for each of these lengths of stage 1, as 2,4,8")
     rate_multiples: str = option("", "and for each of these classifier rates in stage 1, in multiples of --lr, as 1,5")
     eval_every: int = option(4, "updates between two evaluations on held-out prompts")
@@ -216,7 +226,8 @@ class Config:
         if self.measures not in MEASURED:
             raise ValueError(f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
         self.architecture(Addition(self.digits))
-        self.finetuning()  # this checks its arguments, and so does each arm
+        cf_rl(self)  # these check their arguments, and so does each arm
+        self.finetuning()
         for arm in self.arm_list:
             self.rl(arm)
 
@@ -240,8 +251,8 @@ class Config:
     @property
     def arm_list(self):
         constant = [(self.rl_steps, multiple) for multiple in self.grid("rate_multiples", float)]
-        arms = {"cf-rl": self.cells, "rl-classifier-lr": self.cells + constant}
-        return self.arms.split(",") + [f"{arm}-{k}x{multiple:g}" for arm in arms for k, multiple in arms[arm]]
+        arms = {"cf-rl": self.cells, "control": self.cells + constant}
+        return self.arms.split(",") + [f"{arm}-{n}x{multiple:g}" for arm in arms for n, multiple in arms[arm]]
 
     @property
     def stage_ends(self):
@@ -260,19 +271,27 @@ class Config:
 
     def finetuning(self):
         """What makes the starting policy: SFTConfigs, one after the other."""
-        stages = {"sft": SFTConfig(steps=self.sft_steps, lr=self.sft_lr)}
+        configs = {"sft": SFTConfig((Stage(self.sft_steps, lr=self.sft_lr),))}
         if self.tilt:  # all patterns are skills by now: this only makes some rare
             try:
                 mixture = tuple(map(float, self.tilt.split(",")))
             except ValueError:
                 raise ValueError(f"tilt must be shares such as 0.8,0.01,0.19, not {self.tilt!r}") from None
-            stages["tilt"] = SFTConfig(steps=150, lr=1e-3, mixture=mixture)
-        return stages
+            configs["tilt"] = SFTConfig((Stage(150, lr=1e-3),), mixture=mixture)
+        return configs
 
-    def rl(self, arm) -> RLConfig:
-        """The RLConfig of an arm: the flags of the same names, then the arm's own changes."""
-        flags = {f.name: getattr(self, f.name) for f in fields(RLConfig) if hasattr(self, f.name)}
-        return replace(RLConfig(steps=self.rl_steps, **flags), **arm_named(arm).changes(self))
+    @property
+    def finetuning_steps(self):
+        return sum(stage.steps for sft in self.finetuning().values() for stage in sft.stages)
+
+    def stages(self, arm):
+        """All that an arm does, stage by stage."""
+        return arm_named(arm).imitation(self) + arm_named(arm).stages(self)
+
+    def rl(self, arm):
+        """The RLConfig of an arm, from the flags of the same names and what the arm changes; None if it has no RL."""
+        stages, flags = arm_named(arm).stages(self), ("prompts", "samples", "baseline", "kl")
+        return RLConfig(stages, **{name: getattr(self, name) for name in flags} | arm_named(arm).rl) if stages else None
 
     def jobs(self, *arms):
         return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
@@ -296,17 +315,15 @@ def after_stage_1(config, seed, task, start: GPT) -> GPT:
 
 def train_as(arm, config, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
-    draws, rl = generator(seed, "rl"), config.rl(arm)
-    imitated = arm_named(arm).imitate(config)
-    if imitated:
-        sft = dict(lr=config.lr, classifier_lr=config.classifier_lr, mixture=(0.0, 1.0, 0.0), noise=0.0)
-        yield from supervised_finetune(model, task, SFTConfig(imitated, rl.classifier_steps, **sft), draws)
-    if imitated == config.rl_steps:
-        return
+    draws, imitation, rl = generator(seed, "rl"), arm_named(arm).imitation(config), config.rl(arm)
+    if imitation:
+        of_s = SFTConfig(imitation, mixture=(0.0, 1.0, 0.0), noise=0.0)
+        yield from supervised_finetune(model, task, of_s, draws)
     if arm_named(arm).nudge:
         direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
         with torch.no_grad():
             moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight
             model.classifier.weight += direction * moved.norm() / direction.norm()
-    for record in train_rl(model, task, rl, draws):
-        yield {**record, "step": imitated + record["step"]}
+    before = sum(stage.steps for stage in imitation)
+    for record in train_rl(model, task, rl, draws) if rl else ():
+        yield {**record, "step": before + record["step"], "stage": len(imitation) + record["stage"]}

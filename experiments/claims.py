@@ -10,7 +10,7 @@ from experiments.order import at_equal
 from experiments.tables import RUN, at, over_seeds, paired
 from experiments.verdicts import MARGIN, SPEED, judge
 
-CONTROL = "rl-classifier-lr"
+CONTROL = "control"
 
 
 class Evidence:
@@ -120,8 +120,8 @@ class Evidence:
         return self.gain(arm, 0, half), self.gain(arm, half, last)
 
     def lowest_share(self, arm):
-        """The least that the share of S ever was, the start being 1, seed by seed."""
-        return [min(curve) / curve[0] for curve in self.summary[arm]["curves"]["share_S"]]
+        """The least that the share of s ever was, the start being 1, seed by seed."""
+        return [min(curve) / curve[0] for curve in self.summary[arm]["curves"]["share_s"]]
 
 
 def mean(values, form=".2f"):
@@ -159,7 +159,7 @@ FIRST_PAPER = (
         lambda e: e.mostly_through_W("rl-sgd", "cf-rl", CONTROL, "rl"),
         lambda e: (
             f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, cf-rl {e.through_W('cf-rl')}, "
-            f"control {e.through_W('rl-classifier-lr')}, rl {e.through_W('rl')}"
+            f"control {e.through_W('control')}, rl {e.through_W('rl')}"
         ),
         "confidence",
     ),
@@ -167,9 +167,9 @@ FIRST_PAPER = (
         "CF-RL learns faster where features must be learnt",
         lambda e: f"over the run {e.faster('cf-rl')}, the control {e.faster(CONTROL)}; at the end {e.ends('cf-rl')}",
         lambda e: (
-            f"over the run {e.minus('cf-rl', 'rl')}, control {e.minus('rl-classifier-lr', 'rl')}; at "
+            f"over the run {e.minus('cf-rl', 'rl')}, control {e.minus('control', 'rl')}; at "
             f"the end {e.minus('cf-rl', 'rl', 'accuracy')}; cf-rl minus control "
-            f"{e.minus('cf-rl', 'rl-classifier-lr')}"
+            f"{e.minus('cf-rl', 'control')}"
         ),
         "learning",
     ),
@@ -182,7 +182,7 @@ FIRST_PAPER = (
         ),
         lambda e: (
             f"norm of G × {e.after_stage_1('cf-rl', 'kernel_G_by_W')}, control × "
-            f"{e.after_stage_1('rl-classifier-lr', 'kernel_G_by_W')}, W moved at random × "
+            f"{e.after_stage_1('control', 'kernel_G_by_W')}, W moved at random × "
             f"{e.after_stage_1('random-w', 'kernel_G_by_W')}; gain "
             f"{', rl '.join(mean(gains) for gains in e.stage_2_gains())}"
         ),
@@ -239,21 +239,21 @@ SECOND_PAPER = (
     ),
     (
         "if only the best pattern beats the average, its share just rises",
-        lambda e: e.says(e.gap("rl-sgd", "sft", "share_S")),
+        lambda e: e.says(e.gap("rl-sgd", "sft", "share_s")),
         lambda e: (
-            f"share of S {e.of('sft', 'share_S')} → {e.of('rl-sgd', 'share_S')}, at least "
+            f"share of s {e.of('sft', 'share_s')} → {e.of('rl-sgd', 'share_s')}, at least "
             f"{mean(e.lowest_share('rl-sgd'))} of its start"
         ),
         "regime-1",
     ),
     (
-        "if a mediocre one (D) beats it too, it first crowds the best out (by more than a twentieth)",
+        "if a mediocre one (d) beats it too, it first crowds the best out (by more than a twentieth)",
         lambda e: (
             f"with SGD {e.says(more_than(-0.95, [-x for x in e.lowest_share('rl-sgd')]), less='no')}, with Adam "
             f"{e.says(more_than(-0.95, [-x for x in e.lowest_share('rl')]), less='no', equal='no', margin=0.1)}"
         ),
         lambda e: (
-            f"share of S falls to {mean(e.lowest_share('rl-sgd'))} of its start (Adam "
+            f"share of s falls to {mean(e.lowest_share('rl-sgd'))} of its start (Adam "
             f"{mean(e.lowest_share('rl'))}); accuracy at the end {e.of('rl-sgd', 'accuracy')} "
             f"(Adam {e.of('rl', 'accuracy')})"
         ),

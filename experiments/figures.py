@@ -5,10 +5,10 @@ import itertools
 import statistics
 from pathlib import Path
 
+from experiments.arms import arm_named
 from experiments.one_update import closely
 from experiments.order import differences, map_table
 from experiments.runs import load_policy, policy_file
-from minicfrl import verified
 
 # Okabe and Ito's: safe for the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -33,8 +33,8 @@ def panels_in(path, *shape, size=(10, 3)):
 
 
 def plot_curves(config, summary, path):
-    """Accuracy, entropy and the share of pattern S against updates."""
-    panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_S": "share of pattern S"}
+    """Accuracy, entropy and the share of pattern s against updates."""
+    panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_s": "share of pattern s"}
     shown = [arm for arm in config.arm_list if arm in summary]
     with panels_in(path, len(panels)) as figure:
         for axes, (name, label) in zip(figure, panels.items(), strict=True):
@@ -49,17 +49,17 @@ def plot_curves(config, summary, path):
 
 def plot_patterns(results, path):
     """The best pattern's share in two regimes, and accuracy with the verifier and with internal feedback."""
-    panels = (("regime-1", "share_S"), ("regime-2", "share_S"), ("regime-1", "accuracy"))
+    panels = (("regime-1", "share_s"), ("regime-2", "share_s"), ("regime-1", "accuracy"))
     arms = dict.fromkeys(results["regime-2"][0].arm_list + results["regime-1"][0].arm_list)
     colours = dict(zip(arms, COLOURS, strict=False))  # one for an arm, in all panels
     with panels_in(path, len(panels)) as figure:
         for axes, (experiment, name) in zip(figure, panels, strict=True):
             config, summary = results[experiment]
             for arm in config.arm_list:
-                if name == "accuracy" or config.rl(arm).reward is verified:
+                if name == "accuracy" or "reward" not in arm_named(arm).rl:
                     curves = summary[arm]["curves"]
                     plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
-            label = "held-out accuracy" if name == "accuracy" else "share of pattern S"
+            label = "held-out accuracy" if name == "accuracy" else "share of pattern s"
             axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
             axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
             axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
@@ -98,7 +98,7 @@ def plot_order(maps, path):
                     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#cccccc"))
             axes.set_xticks(range(len(multiples)), [f"{m:g}×" for m in multiples])
             axes.set_yticks(range(len(lengths)), lengths)
-            axes.set(title=title, xlabel="classifier rate in stage 1", ylabel="updates of stage 1, K")
+            axes.set(title=title, xlabel="classifier rate in stage 1", ylabel="n, updates of stage 1")
         bar = axes.figure.colorbar(image, ax=list(panels), shrink=0.9)
         bar.set_label("accuracy over the run:\ncf-rl minus its control")
 
@@ -109,7 +109,7 @@ def plot_sizes(sizes, path):
     panels = {
         "lead over plain RL (accuracy over the run)": {
             "cf-rl": lambda e: e.gap("cf-rl", "rl"),
-            "its control": lambda e: e.gap("rl-classifier-lr", "rl"),
+            "its control": lambda e: e.gap("control", "rl"),
         },
         "W's part of the rise of top-1": {
             "rl, Adam": lambda e: e.shares_of_W("rl"),

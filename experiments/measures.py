@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.arms import MEASURED, SAMPLES, Config, generator, kl_divergence
 from minicfrl import Rollout, group_advantages, rollout
 from model import GPT, confidence, entropy, residuals
-from ntk import empirical_ntk
+from ntk import empirical_ntk, microscope
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
@@ -311,9 +311,24 @@ FEW = [Measure(accuracy_alone, at_every_look), Measure(likeness, at_stage_ends, 
 SETS = dict(zip(MEASURED, (MEASURES, FEW, FEW[:1]), strict=True))
 
 
-def measure(scene):
-    """{column: value}, in the order of the set that the run asks for."""
-    row = {}
-    for each in SETS[scene.config.measures]:
-        row |= each.fill(scene) if each.when(scene) else dict.fromkeys(each.columns, math.nan)
-    return row
+class ToyView:
+    """What there is to see of a tiny GPT in training: see runs.Watch."""
+
+    def __init__(self, config, seed, task, model):
+        self.config, self.seed, self.task, self.model = config, seed, task, model
+        self.probe, self.before = start_probe(config, task, model, seed), copy.deepcopy(model)
+
+    def moved(self):
+        """What moved the policy since the last look, through the microscope."""
+        if self.config.measures == "accuracy":
+            return {}
+        row = microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
+        self.before.load_state_dict(self.model.state_dict())
+        return row
+
+    def measure(self, step):
+        """{column: value}, in the order of the set that the run asks for."""
+        scene, row = Scene(self.config, self.seed, step, self.task, self.model, self.probe), {}
+        for each in SETS[self.config.measures]:
+            row |= each.fill(scene) if each.when(scene) else dict.fromkeys(each.columns, math.nan)
+        return row

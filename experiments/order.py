@@ -1,23 +1,22 @@
 """Order or rate? What a map over stage lengths and classifier rates says: cf-rl minus its control, cell by cell.
 
-The control moves W at the same rates and freezes nothing. What is between the two is that cf-rl's body rests for K
+The control moves W at the same rates and freezes nothing. What is between the two is that cf-rl's body rests for n
 updates: what that costs, and what it may bring to train W first.
 """
 
 import copy
 import statistics
-import textwrap
 
 import numpy as np
 import torch
 
 from experiments.arms import generator
-from experiments.runs import load_policy
-from experiments.tables import RUN, WIDTH, lines_of, over_seeds, paired
+from experiments.runs import filled, load_policy
+from experiments.tables import RUN, lines_of, over_seeds, paired
 from experiments.verdicts import judge
 from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp
 
-CF_RL, CONTROL = "cf-rl", "rl-classifier-lr"
+CF_RL, CONTROL = "cf-rl", "control"
 
 
 def arm_at(arm, cell):
@@ -46,7 +45,7 @@ def map_table(config, summary, name=RUN, interval=False):
     threshold."""
     cells = differences(config, summary, name)
     lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
-    rows = [["K"] + [f"{multiple:g}x" for multiple in multiples]]
+    rows = [["n"] + [f"{multiple:g}x" for multiple in multiples]]
     for length in lengths:
         rows.append([str(length)])
         for cell in ((length, multiple) for multiple in multiples):
@@ -130,7 +129,7 @@ def cost(curves, i, length, of):
 
 
 def at_equal(summary, arm, base, length, of):
-    """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's K, at
+    """Mean accuracy of `arm` minus that of `base` over the budgets that both reach, per seed; `length` is arm's n, at
     which there is an evaluation."""
     gaps = []
     for seed in (seed for seed in summary[arm]["seed"] if seed in summary[base]["seed"]):
@@ -152,7 +151,7 @@ def accounting_table(config, summary, cells):
     for cell in cells:
         gaps = [at_equal(summary, arm_at(CF_RL, cell), "rl", cell[0], of) for of in ACCOUNTS]
         said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(cells))}" for gap in gaps]
-        rows.append([f"K = {cell[0]}, {cell[1]:g}x", *said])
+        rows.append([f"n = {cell[0]}, {cell[1]:g}x", *said])
     return rows
 
 
@@ -160,8 +159,8 @@ def accounting_table(config, summary, cells):
 
 
 def lost_per_update(config, summary):
-    """At plain RL's own rate all that freezing does, to first order, is to hold the body back for K updates. If
-    accuracy rises by b per update of the body, the mean over T updates loses b K (1 - K / 2T). {K: b, per seed}."""
+    """At plain RL's own rate all that freezing does, to first order, is to hold the body back for n updates. If
+    accuracy rises by b per update of the body, the mean over T updates loses b n (1 - n / 2T). {n: b, per seed}."""
     T, cells = config.rl_steps, differences(config, summary)
     return {k: [-gap / (k * (1 - k / (2 * T))) for gap in cells[k, m]] for k, m in cells if m == 1}
 
@@ -169,7 +168,7 @@ def lost_per_update(config, summary):
 def lost_table(config, summary):
     lost = lost_per_update(config, summary)
     rows = [
-        ["K", *map(str, lost)],
+        ["n", *map(str, lost)],
         ["lost per update that the body rests", *(over_seeds(b, ".4f") for b in lost.values())],
     ]
     return rows
@@ -205,7 +204,7 @@ SCALES = (1, 1 / 2, 1 / 4, 1 / 8)  # of all rates
 
 
 def order_effects(config, out, updates=(1, 8), seeds=3):
-    """{f"{K} x{multiple:g}": [[order_effect per scale of the rates], per seed]} from the starting policies of a run."""
+    """{f"{n} x{multiple:g}": [[order_effect per scale of the rates], per seed]} from the starting policies of a run."""
     effects = {}
     for seed in range(config.seed, config.seed + seeds):
         task, policy = load_policy(config, out, "sft", seed)
@@ -234,9 +233,9 @@ def effects_table(effects):
 def print_map(config, summary):
     """The map as a run prints it."""
     heading = (
-        "Mean held-out accuracy over the run, cf-rl minus its control, paired by seed, for each length K of stage 1 "
+        "Mean held-out accuracy over the run, cf-rl minus its control, paired by seed, for each length n of stage 1 "
         "and each classifier rate in it, in multiples of --lr. = surely within the margin, else * surely not 0, all "
         "cells asked together; in brackets where stage 1 alone reaches the threshold, which says nothing of the order."
     )
-    print("\n" + textwrap.fill(heading, WIDTH))
+    print("\n" + filled(heading))
     print(*lines_of(map_table(config, summary)), sep="\n")

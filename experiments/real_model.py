@@ -11,9 +11,7 @@ import importlib.util
 import io
 import json
 import os
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,14 +20,14 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from experiments import cli
 from experiments.any_model import exact_split, split_effect
 from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
-from experiments.flags import add_flag, config_of, make_parser
 from experiments.measures import first_states, geometry
-from experiments.runs import NO_UPDATE, SO_FAR, Damaged, append_row, owned_run, rows_file, run, write_text
+from experiments.runs import Watch, jobs, write_text
 from experiments.tables import lines_of, summarise, table
 from minicfrl import rollout, sequence_logp
-from model import check_counts, confidence, entropy
+from model import confidence, entropy
 from ntk import agreement
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
@@ -242,7 +240,7 @@ class RealConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for arm in self.arm_list:
-            if arm_named(arm).imitate(self):
+            if arm_named(arm).imitation(self):
                 raise ValueError(f"arm {arm!r} imitates demonstrations, which only the toy's task has")
         if self.tiny and self.model:
             raise ValueError(f"a quick run is on a random model, not on {self.model}")
@@ -251,8 +249,7 @@ class RealConfig(Config):
         return {}  # the start is the checkpoint as it is
 
 
-FLAGS = "rl_steps classifier_steps prompts samples lr classifier_lr sgd_lr seed seeds arms stage_lengths rate_multiples"
-FLAGS = (*FLAGS.split(), "eval_every", "eval_prompts", "threshold", "model", "device")
+WITHOUT = "digits sft_steps sft_lr tilt baseline kl final_prompts measures layers width tiny".split()  # flags
 # An experiment is other defaults for the flags, as in arms.py.
 EXPERIMENTS = {
     "real": {},
@@ -271,59 +268,44 @@ PRINTED = (
 )
 
 
-class Look:
-    """Looks at the policy after every update: the exact split of what the update did on fixed states, and the chance of
-    a right response to held-out prompts."""
+class RealView:
+    """What there is to see of a language model in training: see runs.Watch. What moved it is the exact split of its
+    logits on fixed states; what is measured is the chance of a right response to held-out prompts."""
 
-    def __init__(self, config, out, seed, arm, model, task, bar):
-        self.file, self.row = rows_file(out, arm, seed), {"arm": arm, "seed": seed}
-        self.config, self.model, self.task, self.bar = config, model, task, bar
+    def __init__(self, config, seed, task, model):
+        self.config, self.model, self.task = config, model, task
         prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:16].tolist()]
         with torch.no_grad():
             batch = rollout(model, task, prompts, 1, generator(seed, "probe"))
         self.tokens, self.mask = batch.tokens, batch.state_mask
         self.first = first_states(self.mask)  # (N,)
-        self.so_far, self.clock, self.seconds = dict(SO_FAR), time.perf_counter(), 0.0
-        self.phi, self.W = self.features(), self.classifier()
+        self.phi, self.W = self.look()
         self.start = self.phi
 
     @torch.no_grad()
-    def features(self):
-        return self.model.features(self.tokens)[self.mask]  # (N, d)
-
-    def classifier(self):
-        return self.model.classifier.weight.detach().clone()  # (V, d)
+    def look(self):
+        """The features (N, d) and the classifier (V, d) as they are now."""
+        return self.model.features(self.tokens)[self.mask], self.model.classifier.weight.detach().clone()
 
     @torch.no_grad()
-    def update(self):
+    def moved(self):
         """What moved the policy since the last look: columns as of ntk.microscope."""
-        phi, W = self.features(), self.classifier()
+        phi, W = self.look()
         logits, parts = self.phi @ self.W.T, exact_split(self.phi, self.W, phi, W)  # (N, V), three of them
         self.phi, self.W = phi, W
         cosines = agreement(parts[0], parts[1] + parts[2])  # (N,)
         where = {"agreement_prompt": cosines[self.first], "agreement_continuation": cosines[~self.first]}
         return split_effect(logits, *parts) | {name: values.mean().item() for name, values in where.items()}
 
-    def __call__(self, record):
-        self.seconds += time.perf_counter() - self.clock
-        seen = NO_UPDATE | record | (self.update() if record else {})
-        self.so_far = {name: value + seen.get(name, 0.0) for name, value in self.so_far.items()}
-        if self.config.is_looked_at(self.row["arm"], seen["step"]):
-            self.write_row({**seen, **self.so_far})
-        self.clock = time.perf_counter()
-
     @torch.no_grad()
-    def write_row(self, seen):
+    def measure(self, step):
         logits = self.phi @ self.W.T  # (N, V)
         right = success(self.model, self.task, self.task.heldout_pairs[: self.config.eval_prompts])
         change = ((self.phi - self.start).norm(dim=1) / self.start.norm(dim=1)).mean()
-        measured = {"accuracy": right.mean(), "probe_entropy": entropy(logits).mean()}
-        measured |= {"probe_confidence": confidence(logits).mean(), "feature_change": change}
-        measured |= {"classifier_norm": self.W.norm()} | geometry(self.phi, self.first)
-        seen["batch_entropy"] = seen.pop("entropy")
-        row = self.row | seen | {name: float(value) for name, value in measured.items()}
-        append_row(self.file, row | {"train_seconds": self.seconds})
-        self.bar.set_postfix_str(f"acc {row['accuracy']:.2f}", refresh=False)
+        row = {"accuracy": right.mean(), "probe_entropy": entropy(logits).mean()}
+        row |= {"probe_confidence": confidence(logits).mean(), "feature_change": change}
+        row |= {"classifier_norm": self.W.norm()} | geometry(self.phi, self.first)
+        return {name: float(value) for name, value in row.items()}
 
 
 def train(config, out, seed, arm, bar):
@@ -331,60 +313,43 @@ def train(config, out, seed, arm, bar):
     an empty module stands for each."""
     torch.set_default_device(config.device)
     model, task = load(config)
-    look = Look(config, out, seed, arm, model, task, bar)
+    watch = Watch(config, out, seed, arm, RealView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)
     if arm == "sft":
-        look({})
+        watch.write_row({})
     for record in train_as(arm, config, seed, task, model) if arm != "sft" else ():
-        look(record)
-        bar.update()
+        watch.look(record)
     return nn.Module()
 
 
-def prepare(args, config):
-    """Whatever is wrong raises ValueError or OSError, before anything is loaded or written."""
+def check(args, config):
+    """The Config, if it can be run. ValueError or OSError for what is wrong, before anything is trained or written."""
     if args.out is None:
         raise ValueError("--out DIR is missing: the runs are too long to be thrown away")
-    check_counts(workers=args.workers)
     try:
         torch.empty(0, device=config.device).cpu()  # which takes one that holds numbers
     except (RuntimeError, AssertionError):  # the latter where torch was built without it
         raise ValueError(f"torch finds no device {config.device!r} here") from None
     check_memory(config, *load(config, weights=False), args.workers)
     load(config)
+    return config
+
+
+def run(config, out, args):
+    """As train_toy's, from the checkpoint as it is."""
+    with jobs(config, out, args.workers) as do:
+        complaints = do(train, ["sft"]) or do(train, config.arm_list)
+    summary = summarise(config, out)
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(*lines_of(table(summary, PRINTED)), sep="\n")
+    return complaints
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0; 1, an arm stopped early; 2, bad arguments; 130, Ctrl-C."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: else the workers would outlive it
-    parser = make_parser("real_model", __doc__, RealConfig, FLAGS)
-    add_flag(parser, "quick", "seconds, on a random Llama that learns nothing: other defaults", action="store_true")
-    add_flag(parser, "experiment", f"other defaults: {', '.join(EXPERIMENTS)}", choices=EXPERIMENTS, metavar="NAME")
-    args = parser.parse_args(argv)
-    parser.set_defaults(**EXPERIMENTS.get(args.experiment, {}) | (QUICK if args.quick else {}))
-    args = parser.parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        try:
-            try:
-                config = config_of(args, RealConfig)
-                prepare(args, config)
-                stack.enter_context(owned_run(args.out, config))
-            except (ValueError, OSError) as error:
-                parser.error(str(error).splitlines()[0])
-            complaints = run(config, args.out, args.workers, train)
-            summary = summarise(config, args.out)
-            write_text(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-            print(*lines_of(table(summary, PRINTED)), sep="\n")
-        except KeyboardInterrupt:
-            print(f"interrupted: what is finished is kept in {args.out}", file=sys.stderr)
-            return 130
-        except (Damaged, OSError) as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
-        for complaint in complaints:
-            print(complaint, file=sys.stderr)
-        return 1 if complaints else 0
+    """The command line (cli.py). Returns the exit code."""
+    about_quick = "seconds, on a random Llama that learns nothing"
+    program = cli.Program("real_model", __doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check, WITHOUT)
+    return cli.main(program, argv)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from experiments import claims, figures, order, real_model, tables
-from experiments.arms import EXPERIMENTS, SAMPLES, Config, generator
+from experiments.arms import EXPERIMENTS, SAMPLES, Config, arm_named, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
 from experiments.real_model import RealConfig
-from experiments.runs import load_policy, read_config, write_text
+from experiments.runs import filled, load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
 from experiments.verdicts import MARGIN, SPEED, judge
-from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp, verified
+from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp
 from ntk import agreement, logit_change
 
 HERE = Path(__file__).parent
@@ -232,16 +232,16 @@ def dip_table(config, summary):
         for what in ("share", "success")
     )
     paths = [flow(pi / pi.sum(), p, steps=400, dt=1.0) for pi, p in zip(shares, success, strict=True)]
-    lowest = {"at the start": start["share_S"]}
-    lowest["the exact flow"] = [min(pi[kinds.index("S")].item() for pi in path) for path in paths]
-    lowest |= {arm: [min(path) for path in summary[arm]["curves"]["share_S"]] for arm in config.arm_list}
-    rows = [["the lowest share of S", *(f"seed {seed:.0f}" for seed in start["seed"])]]
+    lowest = {"at the start": start["share_s"]}
+    lowest["the exact flow"] = [min(pi[kinds.index("s")].item() for pi in path) for path in paths]
+    lowest |= {arm: [min(path) for path in summary[arm]["curves"]["share_s"]] for arm in config.arm_list}
+    rows = [["the lowest share of s", *(f"seed {seed:.0f}" for seed in start["seed"])]]
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
 def courses_table(results):
     """Accuracy's course, what its change is due to (E11), and where the patterns end: an arm of an experiment a row."""
-    rows = [["experiment", "arm", "start", "highest", "end", "by shares", "by success", "D/S/G at the end"]]
+    rows = [["experiment", "arm", "start", "highest", "end", "by shares", "by success", "d/s/g at the end"]]
     shown = {"confidence": ["rl"], "learning": ["rl"]}
     shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}
     for experiment, arms in shown.items():
@@ -309,7 +309,7 @@ def run_output(config, summary):
     with contextlib.redirect_stdout(printed):
         tables.print_tables(config, summary)
     first_table, _, _ = printed.getvalue().strip().partition("\n\n")
-    return f"```\n{first_table}\n...\n{textwrap.fill(tables.verdict(config, summary), tables.WIDTH)}\n```"
+    return f"```\n{first_table}\n...\n{filled(tables.verdict(config, summary))}\n```"
 
 
 def group_table(update):
@@ -426,7 +426,7 @@ def sections(results, positions, update, effects):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
     real = results["real"][1] | {"rl-sgd": results["real-sgd"][1]["rl-sgd"]}
-    rl = [arm for arm in config.arm_list if config.rl(arm).reward is verified]
+    rl = [arm for arm in config.arm_list if "reward" not in arm_named(arm).rl]
     learnt = {arm: summary[arm] for arm in rl}
     accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
@@ -480,7 +480,7 @@ def sections(results, positions, update, effects):
         **{f"{name} lost": markdown(*order.lost_table(*results[name])) for name in MAPS},
         "sizes": markdown(*size_table(results)),
         "order effects": markdown(*order.effects_table(effects)),
-        "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "rl-classifier-lr")),
+        "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "control")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
         "spread": wrapped(
             f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "

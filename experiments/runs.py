@@ -5,7 +5,6 @@ is missing is easy to tell, and the same command does it.
 """
 
 import contextlib
-import copy
 import csv
 import importlib.metadata
 import io
@@ -28,10 +27,8 @@ import torch
 from tqdm import tqdm
 
 from experiments.arms import Config
-from experiments.measures import Scene, measure, start_probe
 from minicfrl import Addition, naming_the_step
 from model import GPT
-from ntk import microscope
 
 try:
     import fcntl
@@ -65,6 +62,11 @@ def policy_file(out, arm, seed):
 
 def rows_file(out, arm, seed):
     return out / "parts" / f"{arm}-seed{seed}.csv"
+
+
+def filled(text):
+    """In lines of at most 80 columns, broken at spaces only: the names of arms have hyphens, and stay whole."""
+    return textwrap.fill(text, 80, break_on_hyphens=False)
 
 
 def append_row(path, row):
@@ -205,39 +207,36 @@ def load_policy(config, out, arm, seed):
 
 
 class Watch:
-    """Looks at a policy as it trains: at every update through the microscope, every few with all of measures.py, which
-    becomes a row of metrics. `look` returns the held-out accuracy as it was last measured."""
+    """Looks at a policy as it trains: at every update at what moved it, every few at all that is measured, which makes
+    a row of metrics. The view says how: measures.ToyView, or real_model.RealView."""
 
-    def __init__(self, config, out, seed, arm, task, model, seconds=0.0):
-        self.config, self.out, self.seed, self.arm, self.task, self.model = config, out, seed, arm, task, model
-        self.probe, self.before = start_probe(config, task, model, seed), copy.deepcopy(model)
-        self.so_far, self.accuracy = SO_FAR, math.nan
+    def __init__(self, config, out, seed, arm, view, bar, seconds=0.0):
+        self.config, self.file, self.view, self.bar = config, rows_file(out, arm, seed), view, bar
+        self.row, self.so_far, self.accuracy = {"arm": arm, "seed": seed}, SO_FAR, math.nan
         self.train_seconds, self.eval_seconds, self.clock = seconds, 0.0, time.perf_counter()
 
     def look(self, record):
+        """At the policy after an update, of which train_rl gave this record."""
         self.train_seconds += time.perf_counter() - self.clock
-        step = record["step"]
-        seen = {"tokens": 0} | record
-        if self.config.measures != "accuracy":
-            seen |= microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
-            self.before.load_state_dict(self.model.state_dict())
+        seen = {"tokens": 0} | record | self.view.moved()
         self.so_far = {name: value + seen.get(name, math.nan) for name, value in self.so_far.items()}
-        if self.config.is_looked_at(self.arm, step):
-            with naming_the_step(step):
+        if self.config.is_looked_at(self.row["arm"], record["step"]):
+            with naming_the_step(record["step"]):
                 self.write_row(seen | self.so_far)
+        live = {"reward": record.get("reward"), "entropy": record.get("entropy"), "acc": self.accuracy}
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in live.items() if v is not None), refresh=False)
+        self.bar.update()
         self.clock = time.perf_counter()
-        return self.accuracy
 
-    def write_row(self, record):
+    def write_row(self, seen):
         """Measure the policy and append a row: about the update, what all updates did so far, what is measured now."""
         clock = time.perf_counter()
-        update = {name: record.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}
+        update = {name: seen.get(name, nothing) for name, nothing in (NO_UPDATE | SO_FAR).items()}
         update = {"batch_entropy" if name == "entropy" else name: value for name, value in update.items()}
-        measures = measure(Scene(self.config, self.seed, update["step"], self.task, self.model, self.probe))
-        self.accuracy, self.eval_seconds = measures["accuracy"], self.eval_seconds + time.perf_counter() - clock
+        measured = self.view.measure(update["step"])
+        self.accuracy, self.eval_seconds = measured["accuracy"], self.eval_seconds + time.perf_counter() - clock
         seconds = {"train_seconds": self.train_seconds, "eval_seconds": self.eval_seconds}
-        row = {"arm": self.arm, "seed": self.seed, **update, **measures, **seconds}
-        append_row(rows_file(self.out, self.arm, self.seed), row)
+        append_row(self.file, self.row | update | measured | seconds)
 
 
 # A row's columns about its update, where there was none; and those that add up over the updates, before the first.
@@ -288,36 +287,73 @@ def no_ctrl_c_for_new_processes():
 
 
 @contextlib.contextmanager
-def job_runner(workers):
-    """A function that does a list of jobs, each the arguments of `job`, and returns their complaints.
+def pool_of(workers):
+    """A pool of new processes, which import torch while the first jobs are under way; None for one worker.
 
-    One worker is this process; more are as many new ones, which import torch while the first jobs are under way.
-    """
+    OSError, saying what to do, where the system gives no locks that processes could share."""
     if workers == 1:
-        yield lambda jobs: [complaint for arguments in jobs if (complaint := job(*arguments))]
+        yield None
         return
     context = multiprocessing.get_context("spawn")  # the one way that every system has
-    lock, slots = context.RLock(), context.SimpleQueue()
+    try:
+        lock, slots = context.RLock(), context.SimpleQueue()
+    except OSError as error:  # of a read-only /dev/shm, for one
+        raise OSError(f"processes cannot share locks here ({error}): try --workers 1") from None
     for slot in range(workers):
         slots.put(slot)
     with ProcessPoolExecutor(workers, context, start_worker, (lock, slots)) as pool:
-
-        def run_jobs(jobs):
-            if len(jobs) == 1:  # here, while the workers are still importing
-                return [complaint for arguments in jobs if (complaint := job(*arguments))]
-            futures = [pool.submit(job, *arguments) for arguments in jobs]
-            while wait(futures, timeout=0.2).not_done:
-                pass  # in short waits: on Windows a Ctrl-C gets in only between two
-            return [complaint for future in futures if (complaint := future.result())]
-
         try:
             with no_ctrl_c_for_new_processes():
                 pool.submit(os.getpid)  # starts them all
-            yield run_jobs
+            yield pool
         except BaseException:  # Ctrl-C above all: do not wait for what the workers are at
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def do_jobs(pool, jobs):
+    """Do a list of jobs, each the arguments of `job`; returns their complaints. One alone is done in this process."""
+    if pool is None or len(jobs) == 1:
+        return [complaint for arguments in jobs if (complaint := job(*arguments))]
+    futures = [pool.submit(job, *arguments) for arguments in jobs]
+    try:
+        while wait(futures, timeout=0.2).not_done:
+            pass  # in short waits: on Windows a Ctrl-C gets in only between two
+        return [complaint for future in futures if (complaint := future.result())]
+    except BrokenProcessPool:
+        return ["a worker process died, of too little memory perhaps: start again to continue"]
+
+
+def what_is_done(config, arms):
+    if arms != ["sft"]:
+        size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
+        return f"RL from there, {size}: {', '.join(arms)}"
+    steps = config.finetuning_steps
+    return f"sft, the starting policy: {f'{steps} updates of supervised fine-tuning' if steps else 'as it is'}"
+
+
+@contextlib.contextmanager
+def jobs(config, out, workers):
+    """A function that trains some arms on all seeds, `do(train, arms)`, and returns the complaints of those that
+    stopped early. What is there already is not done again. metrics.csv is made at the end, however that comes."""
+
+    def do(train, arms):
+        files = {job: (policy_file(out, job[1], job[0]), rows_file(out, job[1], job[0])) for job in config.jobs(*arms)}
+        missing = [(train, config, out, *job) for job in files if not all(file.exists() for file in files[job])]
+        if not missing:
+            return []
+        clock = time.perf_counter()
+        print(filled(what_is_done(config, arms)), flush=True)
+        complaints = do_jobs(pool, missing)
+        print(f"  {time.perf_counter() - clock:.0f} s")
+        return complaints
+
+    try:
+        with pool_of(workers) as pool:
+            yield do
+    finally:
+        merge_rows(out)
 
 
 def job(train, config, out, seed, arm):
@@ -335,36 +371,3 @@ def job(train, config, out, seed, arm):
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
     write_whole(policy_file(out, arm, seed), weights.getvalue())
-
-
-def run(config, out, workers, train):
-    """Train what is missing; returns the complaints of the jobs that stopped."""
-
-    def missing(*arms):
-        files = {job: (policy_file(out, job[1], job[0]), rows_file(out, job[1], job[0])) for job in config.jobs(*arms)}
-        return [(train, config, out, *job) for job in files if not all(file.exists() for file in files[job])]
-
-    complaints, clock = [], time.perf_counter()
-    try:
-        with job_runner(workers) as run_jobs:
-            if missing("sft"):
-                stages = config.finetuning().values()
-                what = (
-                    f"{sum(stage.steps for stage in stages)} updates of supervised fine-tuning"
-                    if stages
-                    else "as it is"
-                )
-                print(f"sft, the starting policy: {what}", flush=True)
-                complaints = run_jobs(missing("sft"))
-                print(f"  {time.perf_counter() - clock:.0f} s")
-            clock = time.perf_counter()
-            if missing(*config.arm_list) and not complaints:
-                size = f"{config.rl_steps} updates of {config.prompts} prompts x {config.samples} samples each"
-                print(textwrap.fill(f"RL from there, {size}: {', '.join(config.arm_list)}", 80), flush=True)
-                complaints = run_jobs(missing(*config.arm_list))
-                print(f"  {time.perf_counter() - clock:.0f} s")
-    except BrokenProcessPool:
-        complaints.append("a worker process died, of too little memory perhaps: start again to continue")
-    finally:
-        merge_rows(out)
-    return complaints

@@ -5,10 +5,9 @@ A summary is {arm: {measure: [a value per seed]}}. A table is a list of rows of 
 
 import math
 import statistics
-import textwrap
 
 from experiments.measures import KERNEL
-from experiments.runs import policy_file, read_rows
+from experiments.runs import filled, policy_file, read_rows
 from experiments.verdicts import SPEED, half_width, judge
 from minicfrl import Addition
 
@@ -20,7 +19,7 @@ CURVES = (
     "accuracy",
     "entropy",
     "confidence",
-    "share_S",
+    "share_s",
     "agreement_prompt",
     "agreement_continuation",
 )
@@ -46,7 +45,8 @@ def summarise(config, out):
             reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
             if arm != "sft":
                 summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
-                free = config.rl(arm).classifier_steps
+                first = config.stages(arm)[0]
+                free = 0 if first.classifier_lr is None else first.steps
                 summary[arm]["full_updates_to_threshold"] = [
                     n if n is None else max(0, n - free) for n in summary[arm]["updates_to_threshold"]
                 ]
@@ -77,7 +77,7 @@ COLUMNS = (
     ("pass@8", "pass_at_8", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("top-1", "confidence", ".3f"),
-    ("D/S/G", "shares", ".2f"),
+    ("d/s/g", "shares", ".2f"),
     ("updates", "updates_to_threshold", ".0f"),
     ("sec", "train_seconds", ".0f"),
 )
@@ -132,7 +132,7 @@ def paired(summary, arm, base, name=RUN):
 
 def cell(arm, name, form):
     """A measure of an arm over its seeds; empty if it has none."""
-    if name == "shares" and "share_S" in arm:  # three means in one cell
+    if name == "shares" and "share_s" in arm:  # three means in one cell
         return "/".join(f"{statistics.fmean(arm[f'share_{pattern}']):{form}}" for pattern in Addition.patterns)
     return over_seeds(arm[name], form) if arm.get(name) else ""
 
@@ -168,11 +168,11 @@ def sparkline(curves, top):
 def verdict(config, summary):
     """Who was faster at equal samples, and was the control too? From the paired mean accuracy over the run; how many
     updates it took is an illustration."""
-    arms = ("rl", "cf-rl", "rl-classifier-lr")
+    arms = ("rl", "cf-rl", "control")
     seeds = [set(summary[arm]["seed"]) if arm in summary else set() for arm in arms]
     if not set.intersection(*seeds):
         return f"No verdict without all of {', '.join(arms)}, on one seed at least."
-    names = {"rl": "rl", "cf-rl": "cf-rl", "rl-classifier-lr": "its control"}
+    names = {"rl": "rl", "cf-rl": "cf-rl", "control": "its control"}
     said, parts = {}, []
     for arm, base in (arms[1::-1], arms[2::-2], arms[1:]):
         gaps = paired(summary, arm, base)
@@ -190,7 +190,7 @@ def verdict(config, summary):
     elif len(faster) == 2:
         cause = " So a classifier that learns faster is enough, and nothing need be frozen."
     return (
-        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control, rl-classifier-lr, "
+        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control, control, "
         f"freezes nothing.{cause} Accuracy {config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of "
         f"{config.rl_steps} updates."
     )
@@ -198,7 +198,7 @@ def verdict(config, summary):
 
 # ------------------------------------------------------------------------------------------------ what a run prints
 
-WIDTH, POINTS = 80, 24  # of a line, in columns, and of a curve
+POINTS = 24  # of a curve
 
 
 def lines_of(rows):
@@ -220,7 +220,7 @@ def print_tables(config, summary):
     """What a stranger wants to see of a run; the rest is in summary.json."""
 
     def heading(text):
-        print("\n" + textwrap.fill(text, WIDTH))
+        print("\n" + filled(text))
 
     heading(
         f"On held-out sums, before RL (sft) and after {config.rl_steps} updates of it: how many sampled answers are "

@@ -21,6 +21,7 @@ import tiktoken
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.nn.utils.rnn import pad_sequence
 
 from model import GPT, check_counts, check_tokens, entropy, residuals, sample, token_logp
 
@@ -109,10 +110,10 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
     """-1/N sum_i A_i sum_t log pi(y_it): logp (R, L), advantages (R,), mask (R, L) -> ()  (E3).
 
     Only its gradient means anything: the value can be 0 while the policy learns. N is ONE count of tokens for the whole
-    batch; if the rows are a part of a larger batch, pass that batch's `count`, and the parts' losses add up.
+    batch, not one per response; of a part of a batch pass the batch's `count`, and the parts' losses add up.
     """
-    _check_rows(mask, advantages, logp=logp)
-    return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / _token_count(mask, count)  # (E3)
+    N = _count_tokens(count, mask, advantages, logp=logp)
+    return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / N  # (E3)
 
 
 def classifier_gradient(
@@ -125,18 +126,18 @@ def classifier_gradient(
     features (R, L, d), logits (R, L, V), actions (R, L), advantages (R,), mask (R, L) -> (V, d). `count` as in
     `policy_gradient_loss`. Our derivation. ValueError for shapes that disagree.
     """
-    _check_rows(mask, advantages, features=features, logits=logits, actions=actions)
-    weights = (advantages[:, None] * mask)[mask]  # (N,), N the number of states that chose a response token
+    N = _count_tokens(count, mask, advantages, features=features, logits=logits, actions=actions)
+    weights = (advantages[:, None] * mask)[mask]  # (N,)
     g = residuals(logits[mask], actions[mask])  # (N, V)
-    return -(weights[:, None] * g).T @ features[mask] / _token_count(mask, count)  # (V, d)  (E4)
+    return -(weights[:, None] * g).T @ features[mask] / N  # (V, d)  (E4)
 
 
 def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, samples: int) -> Tensor:
     """log pi(y) - log pi_ref(y) of whole responses, minus the group's mean: (R, L) three times -> (P, G) in nats  (E6).
 
-    Subtracting lambda times this from the advantages descends lambda KL(pi || pi_ref). It is a difference of logs,
-    treated as a constant, and it comes AFTER the rewards are normalised: inside, the std would blow it up to full
-    strength in every solved group. Our derivation:
+    Subtracting lambda times this from the advantages descends lambda (G-1)/G KL(pi || pi_ref); the factor is there
+    because a sample is part of its mean. It is a difference of logs, treated as a constant, and it comes AFTER the
+    rewards are normalised: inside, the std would blow it up to full strength in every solved group. Our derivation:
     grad KL = E[log(pi/pi_ref) grad log pi] + E[grad log pi], and the last term is 0.
     """
     ratio = (logp - reference_logp).masked_fill(~mask, 0.0).sum(dim=1).view(-1, samples)  # (P, G)
@@ -312,15 +313,13 @@ def _demonstrations(task, config, generator):
     """A batch of demonstrations of training pairs: tokens (R, T), and their response mask (R, T)."""
     pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.rows,), generator=generator)].tolist()
     choices = torch.tensor(config.mixture).multinomial(config.rows, replacement=True, generator=generator).tolist()
-    rows, lengths = [], []
+    rows = []
     for (a, b), choice in zip(pairs, choices, strict=True):
         response = task.demonstration(a, b, task.patterns[choice], noise=config.noise, generator=generator)
-        rows.append(task.encode(task.prompt(a, b) + response) + [task.end_token])
-        lengths.append(len(rows[-1]))
-    T = max(lengths)
-    tokens = torch.tensor([row + [task.end_token] * (T - len(row)) for row in rows])  # (R, T)
-    position = torch.arange(T)
-    return tokens, (position >= len(task.prompt(0, 0))) & (position < torch.tensor(lengths)[:, None])
+        rows.append(torch.tensor(task.encode(task.prompt(a, b) + response) + [task.end_token]))
+    tokens = pad_sequence(rows, batch_first=True, padding_value=task.end_token)  # (R, T)
+    position, ends = torch.arange(tokens.size(1)), torch.tensor([[len(row)] for row in rows])  # (T,), (R, 1)
+    return tokens, (position >= len(task.prompt(0, 0))) & (position < ends)
 
 
 def supervised_finetune(model: GPT, task, config: SFTConfig, generator) -> Iterator[dict]:
@@ -375,12 +374,9 @@ class Addition:
         self.digits = digits
         self.vocab_size = len(self.alphabet) + 1
         self.end_token = len(self.alphabet)
-        self.tokenizer = tiktoken.Encoding(
-            "addition",
-            pat_str=".",
-            mergeable_ranks={character.encode(): token for token, character in enumerate(self.alphabet)},
-            special_tokens={"<end>": self.end_token},
-        )
+        ranks = {character.encode(): token for token, character in enumerate(self.alphabet)}
+        special = {"<end>": self.end_token}
+        self.tokenizer = tiktoken.Encoding("sums", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
         self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (s) and the end token
         size = (10**digits, 10**digits)  # of one dtype, whatever the default: the split must never move
         draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -515,14 +511,12 @@ def _check_rewards(rewards, kind):
     _check_choice("kind", kind, BASELINES)
 
 
-def _check_rows(mask, advantages, **others):
+def _count_tokens(count, mask, advantages, **others):
+    """N of (E3): the `count` that is given, or the mask's tokens. ValueError if there are none, or for shapes."""
+    shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
     right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
     if not right or any(other.shape[:2] != mask.shape for other in others.values()):
-        shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
         raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
-
-
-def _token_count(mask, count):
     count = int(mask.sum()) if count is None else count
     if count < 1:
         raise ValueError("mask selects no token")

@@ -85,7 +85,7 @@ def run(config, out, args):
 
 def main(argv=None):
     """The command line (experiments/cli.py). Returns the exit code."""
-    about_quick = "about 15 seconds, too short to learn much"
+    about_quick = "about 20 seconds, with a start that hardly adds"
     toy = cli.Program("train_toy.py", __doc__, Config, EXPERIMENTS, QUICK, about_quick, run, cli.check_toy, asks=True)
     return cli.main(toy, argv)
 

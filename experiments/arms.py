@@ -167,7 +167,7 @@ EXPERIMENTS = {
     | dict(width=width, layers=layers, sft_lr=sft_lr, lr=lr, classifier_lr=20 * lr, seeds=seeds)
     for width, layers, sft_lr, lr, seeds in SIZES
 }
-QUICK = dict(sft_steps=100, rl_steps=12, classifier_steps=4, prompts=16, eval_prompts=16, final_prompts=32)
+QUICK = dict(sft_steps=400, rl_steps=16, classifier_steps=4, eval_prompts=32, final_prompts=32, threshold=0.4)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings

@@ -172,15 +172,12 @@ def verdict(config, summary):
     seeds = [set(summary[arm]["seed"]) if arm in summary else set() for arm in arms]
     if not set.intersection(*seeds):
         return f"No verdict without all of {', '.join(arms)}, on one seed at least."
-    names = {"rl": "rl", "cf-rl": "cf-rl", "control": "its control"}
     said, parts = {}, []
     for arm, base in (arms[1::-1], arms[2::-2], arms[1:]):
         gaps = paired(summary, arm, base)
         said[arm, base] = judge(gaps)
         word = f": {SPEED[said[arm, base]]}" if config.seeds > 1 else ""
-        parts.append(f"{names[arm]} minus {names[base]} {over_seeds(gaps, '+.3f')}{word}")
-    updates = [[math.inf if n is None else n for n in summary[arm]["updates_to_threshold"]] for arm in arms]
-    took = [f"{n:g}" if (n := statistics.median(values)) < math.inf else "more" for values in updates]
+        parts.append(f"{arm} minus {base} {over_seeds(gaps, '+.3f')}{word}")
     faster = [arm for arm in arms[1:] if said[arm, "rl"] == "more"]
     cause = ""
     if config.seeds == 1:
@@ -189,10 +186,14 @@ def verdict(config, summary):
         cause = " So training the classifier first helped, beyond its learning rate."
     elif len(faster) == 2:
         cause = " So a classifier that learns faster is enough, and nothing need be frozen."
+    took = []
+    for arm in arms:
+        median = statistics.median(math.inf if n is None else n for n in summary[arm]["updates_to_threshold"])
+        took.append(f"{arm} {f'after {median:g}' if median < math.inf else 'never'}")
     return (
-        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control, control, "
-        f"freezes nothing.{cause} Accuracy {config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of "
-        f"{config.rl_steps} updates."
+        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control has cf-rl's rates and "
+        f"freezes nothing.{cause} Of {config.rl_steps} updates, accuracy {config.threshold:g} was reached: "
+        f"{', '.join(took)}."
     )
 
 

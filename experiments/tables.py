@@ -190,8 +190,8 @@ def verdict(config, summary):
     elif len(faster) == 2:
         cause = " So a classifier that learns faster is enough, and nothing need be frozen."
     return (
-        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control, control, "
-        f"freezes nothing.{cause} Accuracy {config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of "
+        f"Mean held-out accuracy over the run, at equal samples: {'; '.join(parts)}. The control freezes "
+        f"nothing.{cause} Accuracy {config.threshold:g} took {took[0]}, {took[1]} and {took[2]} of "
         f"{config.rl_steps} updates."
     )
 
@@ -236,8 +236,8 @@ def print_tables(config, summary):
     if config.measures == "accuracy":
         return
     heading(
-        "Where the confidence came from: the rise of top-1 on fixed states, and how much of it the changes of the "
-        "classifier W and of the body explain to first order:"
+        "Where the confidence came from: the rise of the top-1 probability on fixed states, and how much of it the "
+        "changes of the classifier W and of the body explain to first order:"
     )
     headings = ("rise", "through W", "the body", "the rest")
     short = tuple((heading, *column[1:]) for heading, column in zip(headings, MICROSCOPE, strict=True))

@@ -44,7 +44,7 @@ class Evidence:
         return over_seeds(self.gap(arm, base, name), form)
 
     def shares_of_W(self, arm):
-        """How much of the rise of top-1 on fixed states the moves of W explain, seed by seed."""
+        """How much of the rise of top-1 probability on fixed states the moves of W explain, seed by seed."""
         parts = (self.values(arm, f"confidence_{name}") for name in ("by_W", "change"))
         return [part / whole for part, whole in zip(*parts, strict=True)]
 
@@ -134,7 +134,7 @@ def more_than(bound, values):
 
 FIRST_PAPER = (
     (
-        "RL makes a policy more confident",
+        "RL makes a policy more confident (top-1 probability)",
         lambda e: (
             f"{e.says(e.gap('rl', 'sft', 'confidence'))}; with coin flips for rewards, by SGD: "
             f"{e.says(e.gap('random-reward-sgd', 'sft', 'confidence'), 'too')}"
@@ -155,7 +155,7 @@ FIRST_PAPER = (
         "confidence",
     ),
     (
-        "so confidence rises through R, by moving W",
+        "so confidence (top-1 probability) rises through R, by moving W",
         lambda e: e.mostly_through_W("rl-sgd", "cf-rl", CONTROL, "rl"),
         lambda e: (
             f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, cf-rl {e.through_W('cf-rl')}, "
@@ -299,7 +299,7 @@ BOTH = (
         ),
     ),
     (
-        "plain RL raises top-1 on fixed states",
+        "plain RL raises confidence (top-1 probability) on fixed states",
         lambda e: (
             f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}, of "
             f"which through W {e.through_W('rl')}"

@@ -88,7 +88,7 @@ def plot_order(maps, path):
         for axes, (title, (config, summary)) in zip(panels, maps.items(), strict=True):
             cells, table = differences(config, summary), map_table(config, summary)
             lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
-            means = [[statistics.fmean(cells[k, m]) for m in multiples] for k in lengths]
+            means = [[statistics.fmean(cells[n, m]) for m in multiples] for n in lengths]
             image = axes.imshow(means, cmap="RdBu", vmin=-0.15, vmax=0.15, aspect="auto")
             for y, x in itertools.product(range(len(lengths)), range(len(multiples))):
                 text = table[y + 1][x + 1]
@@ -104,8 +104,8 @@ def plot_order(maps, path):
 
 
 def plot_sizes(sizes, path):
-    """Leads, W's share of the rise of confidence, and how alike features are, against the policy's width. `sizes` holds
-    claims.Evidence by (width, layers); what has other than two layers is hollow."""
+    """Leads, W's share of the rise of top-1 probability, and how alike features are, against the policy's width.
+    `sizes` holds claims.Evidence by (width, layers); what has other than two layers is hollow."""
     panels = {
         "lead over plain RL (accuracy over the run)": {
             "cf-rl": lambda e: e.gap("cf-rl", "rl"),

@@ -111,9 +111,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure the policy on the prompts of `pairs` (B, 2), with `samples` samples each, and on the probe's states.
 
-    Confidence appears twice, since RL moves the states as well as what is predicted there: entropy and confidence on
-    fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every key is explained in
-    results.md.
+    Confidence, the top-1 probability, appears twice, since RL moves the states as well as what is predicted there:
+    entropy and confidence on fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every
+    key is explained in results.md.
     """
     prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
     batch = rollout(model, task, prompts, samples, generator)
@@ -151,7 +151,7 @@ def evaluate(
 @torch.no_grad()
 def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> dict[str, float]:
     """What more samples buy, on the prompts of `pairs` (B, 2): pass@k for k = 1, 2, 4, ... `samples` under the keys
-    best_of_K, and the number of different answers among all samples of a prompt, different_answers."""
+    best_of_k, and the number of different answers among all samples of a prompt, different_answers."""
     ks = [2**i for i in range(samples.bit_length())]
     passed, different = dict.fromkeys(ks, 0.0), 0
     for a, b in pairs.tolist():
@@ -164,7 +164,7 @@ def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> 
 
 @torch.no_grad()
 def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
-    """Shares and success rates of the K reasoning patterns at each prompt of `pairs` (B, 2): (B, K) twice.
+    """Shares and success rates of the three reasoning patterns at each prompt of `pairs` (B, 2): (B, 3) twice.
 
     A share is the probability of the pattern's token as the first of the response; success is whether one response
     that is forced to begin with it is right, an unbiased estimate of the chance.
@@ -185,8 +185,8 @@ def selection(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> di
     2506.04695) say: that RL selects patterns, whose own success rates stay what they were.
     """
     (shares, success), (new_shares, new_success) = before, after
-    by_shares = (new_shares - shares) * (success + new_success) / 2  # (B, K)  (E11)
-    by_success = (shares + new_shares) / 2 * (new_success - success)  # (B, K)
+    by_shares = (new_shares - shares) * (success + new_success) / 2  # (B, 3)  (E11)
+    by_success = (shares + new_shares) / 2 * (new_success - success)  # (B, 3)
     return {"gain_by_shares": by_shares.sum(1).mean().item(), "gain_by_success": by_success.sum(1).mean().item()}
 
 

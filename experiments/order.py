@@ -134,9 +134,9 @@ def at_equal(summary, arm, base, length, of):
     gaps = []
     for seed in (seed for seed in summary[arm]["seed"] if seed in summary[base]["seed"]):
         runs = []
-        for name, k in ((arm, length), (base, 0)):
+        for name, n in ((arm, length), (base, 0)):
             curves, i = summary[name]["curves"], summary[name]["seed"].index(seed)
-            paid, accuracy = cost(curves, i, k, of), np.array(curves["accuracy"][i])
+            paid, accuracy = cost(curves, i, n, of), np.array(curves["accuracy"][i])
             last = np.append(np.diff(paid) > 0, True)  # of several evaluations at one cost, as with stage 1 for free
             runs.append((paid[last], accuracy[last]))
         grid = np.linspace(0, min(paid[-1] for paid, _ in runs), 201)
@@ -162,7 +162,7 @@ def lost_per_update(config, summary):
     """At plain RL's own rate all that freezing does, to first order, is to hold the body back for n updates. If
     accuracy rises by b per update of the body, the mean over T updates loses b n (1 - n / 2T). {n: b, per seed}."""
     T, cells = config.rl_steps, differences(config, summary)
-    return {k: [-gap / (k * (1 - k / (2 * T))) for gap in cells[k, m]] for k, m in cells if m == 1}
+    return {n: [-gap / (n * (1 - n / (2 * T))) for gap in cells[n, m]] for n, m in cells if m == 1}
 
 
 def lost_table(config, summary):
@@ -204,18 +204,18 @@ SCALES = (1, 1 / 2, 1 / 4, 1 / 8)  # of all rates
 
 
 def order_effects(config, out, updates=(1, 8), seeds=3):
-    """{f"{n} x{multiple:g}": [[order_effect per scale of the rates], per seed]} from the starting policies of a run."""
+    """{f"{n}, {multiple:g}x": [[order_effect per scale of the rates], per seed]} from a run's starting policies."""
     effects = {}
     for seed in range(config.seed, config.seed + seeds):
         task, policy = load_policy(config, out, "sft", seed)
         pairs = task.train_pairs[:: len(task.train_pairs) // 8][:8].tolist()
         batch = rollout(policy, task, [task.prompt(a, b) for a, b in pairs], config.samples, generator(seed, "order"))
         advantages = group_advantages(batch.rewards).flatten()
-        for k in updates:
+        for n in updates:
             for multiple in config.grid("rate_multiples", float):
                 rates = [{"classifier": scale * multiple * config.lr, "body": scale * config.lr} for scale in SCALES]
-                row = [order_effect(policy, batch, advantages, rate, k) for rate in rates]
-                effects.setdefault(f"{k}, {multiple:g}x", []).append(row)
+                row = [order_effect(policy, batch, advantages, rate, n) for rate in rates]
+                effects.setdefault(f"{n}, {multiple:g}x", []).append(row)
     return effects
 
 

@@ -124,13 +124,13 @@ def by_position(config, out):
 
 
 def flow_slope(shares, values):
-    """theta'_r = pi_r (p_r - sum_s pi_s p_s): the gradient of the expected value, shares (K,), values (K,) -> (K,)."""
+    """theta'_r = pi_r (p_r - sum_s pi_s p_s): the gradient of the expected value, shares (M,), values (M,) -> (M,)."""
     return shares * (values - (shares * values).sum())
 
 
 def flow(shares, values, steps, dt=0.1):
     """The exact expected gradient flow among patterns of fixed success rates (Chen et al., arXiv 2506.04695), by
-    Euler's steps: yields the shares (K,), from the given ones on."""
+    Euler's steps: yields the shares (M,), from the given ones on."""
     theta = shares.log()
     for _ in range(steps):
         yield theta.softmax(dim=0)
@@ -228,7 +228,7 @@ def dip_table(config, summary):
     rates, and as trained."""
     start, kinds = summary["sft"], Addition.patterns
     shares, success = (
-        torch.tensor([start[f"{what}_{pattern}"] for pattern in kinds], dtype=torch.float64).T  # (seeds, K)
+        torch.tensor([start[f"{what}_{pattern}"] for pattern in kinds], dtype=torch.float64).T  # (seeds, 3)
         for what in ("share", "success")
     )
     paths = [flow(pi / pi.sum(), p, steps=400, dt=1.0) for pi, p in zip(shares, success, strict=True)]
@@ -326,11 +326,11 @@ def classifier_rows_table(update):
     """(E4) for two tokens: what the end of the prompt gives, and the whole row, by hand and by autograd."""
     N, length = update["tokens"], update["feature_norm"]
     rows = [["row of dL/dW", "from the end of the prompt", "its norm", "the whole row, by (E4)", "by autograd"]]
-    for pattern in "SD":
-        k = Addition.patterns.index(pattern)
-        push = update["pushes"][k]
+    for pattern in "sd":
+        i = Addition.patterns.index(pattern)
+        push = update["pushes"][i]
         rows.append([pattern, f"−({push:+.0f} / {N}) φᵀ", f"{abs(push) * length / N:.4f}"])
-        rows[-1] += [f"{update[name][k]:.4f}" for name in ("rows_by_hand", "rows_by_autograd")]
+        rows[-1] += [f"{update[name][i]:.4f}" for name in ("rows_by_hand", "rows_by_autograd")]
     return markdown(*rows) + f"\n\n|φ| = {length:.3f}, N = {N}."
 
 
@@ -372,8 +372,9 @@ def found(results):
         f"not counted, as the paper is said to count, {real.of_free()}; its control {real.faster(claims.CONTROL)}, "
         f"{real.minus(claims.CONTROL, 'rl')}. W alone, trained for the whole run, gains "
         f"{real.minus('classifier-only', 'sft', 'accuracy')}, in the toy "
-        f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence {real.through_W('rl')} "
-        f"goes through W, in the toy {toy.through_W('rl')}. [More](#what-of-the-two-papers-holds-here). The toy's own "
+        f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence (top-1 "
+        f"probability) {real.through_W('rl')} goes through W, in the toy {toy.through_W('rl')}. "
+        "[More](#what-of-the-two-papers-holds-here). The toy's own "
         f"lead falls [with size](experiments/results.md#sizes): {small.minus('cf-rl', 'rl')} at 32 features, at 256 "
         f"{large.faster('cf-rl')}, {large.minus('cf-rl', 'rl')}.",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
@@ -387,7 +388,7 @@ def found(results):
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
 
 
-ACCOUNTED = ((16, 20.0), (32, 20.0))  # cells of the map near the default, K = 20 at 20 times plain RL's rate
+ACCOUNTED = ((16, 20.0), (32, 20.0))  # cells of the map near the default, n = 20 at 20 times plain RL's rate
 
 
 def tuned_against(results, name, base):

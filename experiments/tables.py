@@ -237,8 +237,8 @@ def print_tables(config, summary):
     if config.measures == "accuracy":
         return
     heading(
-        "Where the confidence came from: the rise of top-1 on fixed states, and how much of it the changes of the "
-        "classifier W and of the body explain to first order:"
+        "Where the confidence came from: the rise of the top-1 probability on fixed states, and how much of it the "
+        "changes of the classifier W and of the body explain to first order:"
     )
     headings = ("rise", "through W", "the body", "the rest")
     short = tuple((heading, *column[1:]) for heading, column in zip(headings, MICROSCOPE, strict=True))

@@ -5,8 +5,6 @@ ntk.logit_change needs the toy's own GPT and an update small enough for first or
 
 import torch
 from torch import Tensor
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import confidence, entropy
 
@@ -42,18 +40,40 @@ def split_effect(logits: Tensor, through_W: Tensor, through_body: Tensor, cross:
     return row
 
 
-def feature_change(features, before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """How features move when the body goes from parameters `before` to `after`: (N, d), and its relative error.
+@torch.no_grad()
+def check_linear(model, run) -> None:
+    """ValueError unless the logits of a language model of transformers are W phi and nothing more, whatever their size.
 
-    `features` maps parameters to phi (N, d). Of two ways the one that errs less for an update of this share of the
-    weights' norm: the difference of two passes, whose rounding is about eps / 2 over the share; or the forward-mode
-    derivative at `after`, which leaves out what is beyond first order, about 10 times the share (both measured on four
-    architectures, see results.md). Fused attention has no such derivative on CPU, so the plain one is chosen for it.
+    `run()` passes some tokens through `model` and returns the last hidden states, phi, and the logits. One pass tells,
+    looked at where it meets W: is it phi that enters, does W phi leave, and is nothing done afterwards? To see that,
+    numbers of all sizes are put in the place of W phi: a soft cap changes only the large ones, which training brings.
     """
-    update = {name: after[name] - before[name] for name in before}
-    moved, there = (torch.stack([x.float().norm() for x in each.values()]).norm() for each in (update, before))
-    share, eps = (moved / there).item(), max(torch.finfo(x.dtype).eps for x in before.values())
-    if not share or eps / 2 / share < 10 * share:
-        return features(after) - features(before), eps / 2 / share if share else 0.0
-    with sdpa_kernel(SDPBackend.MATH):
-        return jvp(features, (after,), (update,))[1], 10 * share + 4 * eps
+    head, met = model.get_output_embeddings(), []
+
+    def meet(head, inputs, output):
+        wide = torch.promote_types(output.dtype, torch.float32)
+        x, W, y = (each.detach().to(wide) for each in (inputs[0], head.weight, output))
+        eps = max(torch.finfo(each.dtype).eps for each in (inputs[0], head.weight, output))
+        # Rounding, with 576 features: up to 1.2 eps of |x| |W|^T in float32, .2 in bfloat16, .4 under autocast.
+        linear = ((y - x @ W.T).abs() <= 10 * eps * (x.abs() @ W.abs().T)).all().item()
+        instead = torch.linspace(-1e4, 1e4, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        met.append((inputs[0], linear, instead))
+        return instead
+
+    hook = head.register_forward_hook(meet)
+    try:
+        phi, logits = run()
+    finally:
+        hook.remove()
+    entered, linear, instead = met[-1] if met else (phi, False, logits)
+    if getattr(head, "bias", None) is not None:
+        fault = "the classifier has a bias"
+    elif not linear:
+        fault = "the classifier does not multiply by W alone"
+    elif entered.shape != phi.shape or not torch.equal(entered.to(phi.dtype), phi):
+        fault = f"what enters the classifier is not the last hidden state, of shape {tuple(phi.shape)}"
+    elif not torch.equal(instead.to(logits.dtype), logits):
+        fault = "what leaves the classifier is changed, as by a scale or a soft cap"
+    else:
+        return
+    raise ValueError(f"the logits of {type(model).__name__} are not W phi: {fault}")

@@ -4,9 +4,11 @@ trainer.add_callback(Microscope(trainer, tokens, mask))       # tokens (B, T) an
 """
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers import Trainer, TrainerCallback
 
-from experiments.any_model import exact_split, split_effect
+from experiments.any_model import check_linear, exact_split, split_effect
 from model import check_counts, confidence, entropy
 
 
@@ -15,46 +17,66 @@ class Microscope(TrainerCallback):
     and what the moves of W alone and of the body alone would have done (any_model.split_effect, by the exact split).
 
     It costs one forward pass of the body over `tokens` per row, two when training begins, and a copy of W and of the
-    features: what was after the last row is before this one. The weights and the random numbers of the training are not
-    touched. The rows appear in log_history and wherever the trainer reports to. All processes look, also where FSDP2
-    shards the model, and what they see is the same; the trainer logs in one. ValueError if the model's logits are not
-    W phi.
+    features: what was after the last row is before this one. A small update moves less than bfloat16 can tell, so the
+    pass is in float32 also where training is not; weights in bfloat16 are widened for it, all at once. (Attention that
+    knows no float32, such as flash_attention_2, will not do.) The weights and the random numbers of the training are
+    not touched. The rows appear in log_history and wherever the trainer reports to. All processes look, also where
+    FSDP2 shards the model, and what they see is the same; the trainer logs in one. ValueError if the model's logits are
+    not W phi. Tokens padded on the left need their attention_mask (B, T).
     """
 
-    def __init__(self, trainer, tokens, mask, every=1):
+    def __init__(self, trainer, tokens, mask, every=1, attention_mask=None):
         check_counts(every=every)
         if tokens.shape != mask.shape or mask.dtype != torch.bool or not mask.any():
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} selects no state of tokens {tuple(tokens.shape)}")
+        if attention_mask is not None:  # padding goes to the right, where no state sees it, whatever the model
+            order = attention_mask.argsort(dim=1, descending=True, stable=True)
+            tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+        elif getattr(trainer.processing_class, "pad_token_id", None) in tokens[:, 0].tolist():
+            raise ValueError("tokens begin with the padding token: give their attention_mask, of ones if it is none")
         self.trainer, self.tokens, self.mask, self.every = trainer, tokens, mask, every
 
     @torch.no_grad()
     def passed(self, **how):
-        """The whole model, called from above so that what is sharded is there, over `tokens`."""
-        model = self.trainer.model
-        training = model.training
+        """(features (B, T, d), logits) of the model, called from above so that what is sharded is there."""
+        model, how["output_hidden_states"] = self.trainer.model, True
+        weights = [*model.named_parameters(), *model.named_buffers()]
+        coarse = (torch.bfloat16, torch.float16)
+        wide = {name: x.float() for name, x in weights if x.dtype in coarse and not isinstance(x, DTensor)}
+        modes = {module: module.training for module in model.modules()}
+        mixed = vars(model).get("forward")  # accelerate's, with autocast around the model's own
+        if mixed:
+            model.forward = getattr(model, "_original_forward", mixed)
         model.eval()  # dropout would be noise, and draw random numbers that are not ours
-        output = model(self.tokens.to(model.device), output_hidden_states=True, **how)
-        model.train(training)
-        return output
+        try:
+            output = functional_call(model, wide, (self.tokens.to(model.device),), how)
+        finally:
+            if mixed:
+                model.forward = mixed
+            for module, training in modes.items():
+                module.training = training
+        return output.hidden_states[-1], output.logits
 
     def look(self):
         """The features (N, d) and the classifier (V, d) as they are now: after a pass FSDP2 leaves the latter whole."""
-        phi = self.passed(logits_to_keep=1).hidden_states[-1]  # (B, T, d), and logits where they are fewest
-        return phi[self.mask.to(phi.device)], self.trainer.model.get_output_embeddings().weight.detach().clone()
+        phi, _ = self.passed(logits_to_keep=1)  # logits where they are fewest
+        W = self.trainer.model.get_output_embeddings().weight.detach()
+        return phi[self.mask.to(phi.device)], W.to(phi.dtype, copy=True)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
+        check_linear(model, self.passed)
         self.before = phi, W = self.look()
-        logits = self.passed().logits[self.mask.to(phi.device)]
-        bias = getattr(model.get_output_embeddings(), "bias", None)
-        if bias is not None or not torch.allclose(phi @ W.T, logits, rtol=1e-2, atol=1e-2):
-            raise ValueError(f"the logits of {type(model).__name__} are not W phi: it cannot be split")
+        if torch.finfo(phi.dtype).bits < 32:  # only sharded weights are still that coarse
+            raise ValueError(
+                f"the weights of {type(model).__name__} are sharded and in {phi.dtype}: load them in float32"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
             return
         (phi, W), self.before = self.before, self.look()
         parts = exact_split(phi, W, *self.before)
-        logits = phi.to(parts[0].dtype) @ W.to(parts[0].dtype).T
+        logits = phi @ W.T
         now = logits + sum(parts)
         row = {"entropy": entropy(now).mean().item(), "confidence": confidence(now).mean().item()}
         row |= split_effect(logits, *parts)

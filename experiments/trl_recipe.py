@@ -1,37 +1,53 @@
 """CF-RL on a real model: the stage as a callback for TRL's GRPOTrainer. Needs the extra `trl`; see the README.
 
-Why each refusal, and what else to know:
-- Parameters frozen before train() never enter the optimiser, silently, and a second train() reuses it: both refused.
+- In stage 1 the body's gradients are dropped before each update: none at all, for zeros would let Adam's momentum move
+  it. They are computed, which costs more than freezing would. But what is frozen stays frozen if training is cut
+  short, and clipping would go by the norm of W's gradient alone, so that the control would not be matched.
 - Most small models tie the classifier to the token embedding; trained "alone" it would move the features: refused.
+- Parameters frozen before train() never enter the optimiser, silently, and a second train() reuses it: both refused.
 - Sharded parameters (FSDP2) are all right if the model is sharded as it is loaded, under torchrun, for N processes:
   from_pretrained(..., distributed_config=transformers.distributed.DistributedConfig(fsdp_size=N)). Refused: FSDP by
   GRPOConfig(fsdp=...), since the trainer then takes no optimizers, and ZeRO, which keeps gradients in its own buffers.
-- TRL checkpoints gradients by default: then stage 1 still backpropagates through the body (an update costs 0.76 of a
-  full one instead of 0.34), and DDP fails unless ddp_find_unused_parameters=True.
-- TRL clips gradients by default, in stage 1 by the norm of W's alone: then the control is no longer matched.
 - Without two_rates, a schedule that warms up has a learning rate of 0 at first: the classifier then rests too.
-- Resuming is exact within the first pass over the prompts. GPT-NeoX (Pythia) loses its classifier on the way, with a
-  warning in the log: load the model itself from the checkpoint as well.
+- A run is resumed with its own settings or refused: the trainer restores some of them and takes the rest as given.
+- Resuming is exact within the first pass over the prompts, from a checkpoint at which new responses were due: TRL does
+  not save those it still had to use (num_iterations, or steps_per_generation beyond the accumulation). GPT-NeoX
+  (Pythia) loses its classifier on the way, with a warning in the log: load the model itself from the checkpoint too.
 """
+
+from numbers import Integral
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 
-class ClassifierFirst(TrainerCallback):
-    """CF-RL: for k updates the output embedding alone learns, then everything. freeze=False is the matched control."""
+class ClassifierFirst(TrainerCallback, ExportableState):
+    """CF-RL: for classifier_steps updates the output embedding alone learns, then everything. freeze=False is the
+    matched control."""
 
-    def __init__(self, k, freeze=True):
-        self.k, self.freeze = k, freeze
+    def __init__(self, classifier_steps, freeze=True):
+        self.classifier_steps, self.freeze = whole(classifier_steps), freeze
+
+    def state(self):
+        """What a checkpoint remembers of the callback."""
+        return {"args": {"classifier_steps": self.classifier_steps, "freeze": self.freeze}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
-        classifier = model.get_output_embeddings()
-        if classifier is None:
+        check_resumed(state.stateful_callbacks.get(type(self).__name__, {}).get("args"), self.state()["args"])
+        head = model.get_output_embeddings()
+        if head is None:
             raise ValueError(f"{type(model).__name__} has no output embedding, so no classifier to train first")
-        if classifier.weight is model.get_input_embeddings().weight:
-            raise ValueError("the classifier is tied to the token embedding: untie them, or the features move with it")
-        if type(self.k) is not int or not 0 <= self.k <= state.max_steps:
-            raise ValueError(f"k={self.k} is not between 0 and max_steps={state.max_steps}")
+        for name, module in model.named_modules():
+            for p in module.parameters(recurse=False):
+                if module is not head and (p is head.weight or place(p) == place(head.weight) != 0):
+                    raise ValueError(
+                        f"the classifier is tied to {name}, which would move with it; to untie them: "
+                        "head = model.get_output_embeddings(); model.config.tie_word_embeddings = False; "
+                        "head.weight = torch.nn.Parameter(head.weight.detach().clone())"
+                    )
+        if self.classifier_steps > state.max_steps:
+            raise ValueError(f"classifier_steps={self.classifier_steps} is more than max_steps={state.max_steps}")
         if args.fsdp or args.deepspeed:
             raise ValueError(
                 "no fsdp, no deepspeed: shard by from_pretrained(distributed_config=...), as the recipe says"
@@ -42,22 +58,58 @@ class ClassifierFirst(TrainerCallback):
                 "a parameter is frozen or unknown to the optimiser: give the trainer all of them, unfrozen"
             )
         if state.global_step == 0 and optimizer.state:
-            raise ValueError("a second train() goes on with the first one's optimiser: make a new trainer")
+            raise ValueError(
+                "the optimiser has a state before the first update, from a train() before this one or because it makes "
+                "one at once (Adagrad): stage 2 starts without any, so make a new trainer or take another optimiser"
+            )
 
-    def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
-        model.requires_grad_(state.global_step >= self.k or not self.freeze)
-        model.get_output_embeddings().requires_grad_(True)
-        if state.global_step == self.k:
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+        if self.freeze and state.global_step < self.classifier_steps:
+            classifier = set(model.get_output_embeddings().parameters())
+            for p in set(model.parameters()) - classifier:
+                p.grad = None
+        if state.global_step == self.classifier_steps:
             optimizer.state.clear()  # stage 2 starts afresh, as in minicfrl.py
 
-    def on_train_end(self, args, state, control, model, **kwargs):
-        model.requires_grad_(True)
+
+class TwoRates(torch.optim.lr_scheduler.LRScheduler):
+    """The learning rates of two_rates. They are not its base rate times a factor, so that any of them may be 0."""
+
+    def __init__(self, optimizer, **settings):
+        self.settings = settings
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        stage_2 = self.last_epoch >= self.settings["classifier_steps"]
+        return [self.settings["lr" if stage_2 else "classifier_lr"], self.settings["lr"]]
+
+    def load_state_dict(self, state_dict):
+        check_resumed(state_dict.get("settings"), self.settings)
+        super().load_state_dict(state_dict)
 
 
-def two_rates(model, k, lr, classifier_lr):
-    """Optimiser and schedule that move the classifier at classifier_lr for k updates, and all else at lr."""
+def two_rates(model, classifier_steps, lr, classifier_lr):
+    """Optimiser and schedule that move the classifier at classifier_lr for classifier_steps updates, all else at lr."""
     classifier = list(model.get_output_embeddings().parameters())
     body = [p for p in model.parameters() if all(p is not q for q in classifier)]
-    optimizer = torch.optim.AdamW([{"params": classifier}, {"params": body}], lr=lr, weight_decay=0.0)
-    rates = [lambda step: classifier_lr / lr if step < k else 1.0, lambda step: 1.0]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    optimizer = torch.optim.AdamW([{"params": classifier}, {"params": body}], weight_decay=0.0)
+    settings = dict(classifier_steps=whole(classifier_steps), lr=float(lr), classifier_lr=float(classifier_lr))
+    return optimizer, TwoRates(optimizer, **settings)
+
+
+def whole(classifier_steps):
+    """As an int, which a checkpoint can hold, whatever kind of whole number it is."""
+    if not isinstance(classifier_steps, Integral) or classifier_steps < 0:
+        raise ValueError(f"classifier_steps must be a whole number of at least 0, not {classifier_steps!r}")
+    return int(classifier_steps)
+
+
+def check_resumed(saved, given):
+    if saved != given:
+        raise ValueError(f"the checkpoint is of a run with {saved}, and cannot be resumed with {given}")
+
+
+def place(parameter):
+    """Where its numbers begin in memory, of a sharded one this process's; 0 if it has none here."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run] [--trl] [--real] [--rounding].
+"""What things cost, as medians: python tests/benchmark.py [--kernel] [--run] [--trl] [--real].
 
 Times are CPU seconds of one thread, except the whole run's. Ratios compare work done in turn within one run, since
 machines are noisy. The floor of a step is its floating-point operations over the matrix-product rate measured here.
@@ -362,46 +362,6 @@ def real_update():
         print(f"stage {stage}: " + ", ".join(f"{name} {each:.1f} s" for name, each in seconds.items()), flush=True)
 
 
-def rounding():
-    """Relative error, against float64, of how features move: by the difference of two float32 passes, and by the
-    forward-mode derivative, for updates of so many times the weights' norm. The worst of four random architectures."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import AutoModel, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
-
-    sizes = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=50, intermediate_size=128)
-    sizes |= dict(num_key_value_heads=4)
-    configs = [kind(**sizes) for kind in (GPTNeoXConfig, LlamaConfig, Qwen2Config)]
-    configs.append(GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=50))
-    draws = torch.Generator().manual_seed(0)
-    tokens = torch.randint(50, (4, 12), generator=draws)
-    rows = [["update / weights", "difference of two passes", "derivative"]]
-    for share in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
-        errors = []
-        for config in configs:
-            model = AutoModel.from_config(config).eval()
-            for name, module in list(model.named_modules()):
-                if type(module).__name__.endswith("RMSNorm"):  # theirs computes in float32 whatever it is given
-                    model.set_submodule(name, torch.nn.RMSNorm(64, 1e-6))
-            before = {name: p.detach() for name, p in model.named_parameters()}
-            moves = {name: torch.randn(p.shape, generator=draws) for name, p in before.items()}
-            norms = [torch.stack([x.norm() for x in each.values()]).norm() for each in (before, moves)]
-            after = {name: p + share * norms[0] / norms[1] * moves[name] for name, p in before.items()}
-
-            def features(parameters, model=model):
-                return functional_call(model, parameters, (tokens,)).last_hidden_state
-
-            update = {name: after[name] - p for name, p in before.items()}  # as float32 holds it
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                exact, start = (
-                    features({k: p.double() for k, p in x.items()}, model.double()) for x in (after, before)
-                )
-                model.float()
-                ways = features(after) - features(before), torch.func.jvp(features, (after,), (update,))[1]
-            errors.append([((way - (exact - start)).norm() / (exact - start).norm()).item() for way in ways])
-        rows.append([f"{share:g}", *(f"{max(error):.0e}" for error in zip(*errors, strict=True))])
-    print(markdown(*rows))
-
-
 def without_sampling(trainer):
     """Seconds that the trainer spends on sampling and scoring, one number per update; fills up as it trains."""
     seconds, generate = [], trainer._generate_and_score_completions
@@ -421,9 +381,6 @@ if __name__ == "__main__":
     if "--trl" in sys.argv[1:]:
         learn_alike()
         stage_costs()
-        sys.exit()
-    if "--rounding" in sys.argv[1:]:
-        rounding()
         sys.exit()
     if "--real" in sys.argv[1:]:
         real_update()

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import generator, tiny_gpt
-from torch.func import functional_call
+from torch import nn
 
-from experiments.any_model import exact_split, feature_change, split_effect
+from experiments.any_model import check_linear, exact_split, split_effect
 from model import confidence, entropy
 from ntk import logit_change
 
@@ -75,39 +75,66 @@ def test_the_effects_are_those_of_the_parts_alone():
         assert row[f"{name}_residual"] == pytest.approx((total - sum(alone.values())).item())
 
 
-@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
-def test_the_change_of_features_is_as_exact_as_it_says(share):
-    """In float32, for updates from a hundredth of the weights to a ten-millionth: the difference of two passes for the
-    large, the derivative for the small, held against float64. What it says of its error is a rule of thumb, so it may
-    be off by 10 either way above; and no update is known worse than to 1%."""
-    wide, tokens = tiny_gpt(0), torch.randint(5, (3, 6), generator=generator(1))
-    body = {name: p.detach() for name, p in wide.body.named_parameters()}
-    before = {name: p.float() for name, p in body.items()}
-    size = torch.stack([p.norm() for p in before.values()]).norm()
-    moves = {name: drawn(i, *p.shape).float() for i, (name, p) in enumerate(before.items())}
-    scale = share * size / torch.stack([m.norm() for m in moves.values()]).norm()
-    after = {name: p + scale * moves[name] for name, p in before.items()}
-
-    def features(parameters):
-        return functional_call(wide.body, parameters, (tokens,)).flatten(0, 1)
-
-    got, said = feature_change(features, before, after)
-    double = [features({name: p.double() for name, p in each.items()}) for each in (after, before)]
-    true = double[0] - double[1]
-    wrong = ((got.double() - true).norm() / true.norm()).item()
-    assert wrong < 10 * said and said < 0.01 and wrong < 0.01
-
-
-def test_no_update_moves_no_feature():
-    model, tokens = tiny_gpt(0), torch.randint(5, (2, 4), generator=generator(1))
-    body = {name: p.detach() for name, p in model.body.named_parameters()}
-    got, said = feature_change(lambda p: functional_call(model.body, p, (tokens,)).flatten(0, 1), body, dict(body))
-    assert said == 0 and not got.any()
-
-
 @pytest.mark.parametrize(
     "shapes", [((5, 4), (7, 4), (6, 4), (7, 4)), ((5, 4), (7, 3), (5, 4), (7, 3)), ((4,), (7, 4), (4,), (7, 4))]
 )
 def test_shapes_that_disagree_are_refused(shapes):
     with pytest.raises(ValueError, match="before and after alike"):
         exact_split(*(torch.zeros(shape) for shape in shapes))
+
+
+class Language(nn.Module):
+    """What check_linear sees of a language model: phi, W, and what may be wrong about them."""
+
+    def __init__(self, bias=False, enters=lambda x: x, leaves=lambda x: x, classifier=lambda x: x, dtype=torch.float32):
+        super().__init__()
+        self.head = nn.Linear(576, 300, bias, dtype=dtype)
+        self.enters, self.leaves, self.classifier = enters, leaves, classifier
+        linear = self.head.forward
+        self.head.forward = lambda x: classifier(linear(x))
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def run(self, size=1.0, cast=False):
+        phi = (size * drawn(0, 4, 20, 576)).to(self.head.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return phi, self.leaves(self.head(self.enters(phi)))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, "autocast"])
+def test_w_phi_is_known_in_any_precision(dtype, size):
+    """Whatever the size of the logits, and also where they are widened afterwards."""
+    model = Language(leaves=lambda x: x.float(), dtype=torch.float32 if dtype == "autocast" else dtype)
+    check_linear(model, lambda: model.run(size, cast=dtype == "autocast"))
+    assert not model.head._forward_hooks
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(leaves=lambda x: 30 * torch.tanh(x / 30)), "what leaves the classifier is changed"),
+        (dict(leaves=lambda x: 1000 * torch.tanh(x / 1000)), "what leaves the classifier is changed"),
+        (dict(leaves=lambda x: 2 * x), "what leaves the classifier is changed"),
+        (dict(leaves=lambda x: x + 0.01), "what leaves the classifier is changed"),
+        (dict(classifier=lambda x: 1.5 * x), "the classifier does not multiply by W alone"),
+        (dict(enters=lambda x: x / 2), r"not the last hidden state, of shape \(4, 20, 576\)"),
+        (dict(enters=lambda x: x[:, -1:]), "not the last hidden state"),
+        (dict(bias=True), "the classifier has a bias"),
+    ],
+)
+def test_what_is_not_w_phi_is_seen_whatever_its_size(wrong, message, dtype, size):
+    """In logits too small to meet the soft cap, too."""
+    model = Language(dtype=dtype, **wrong)
+    with pytest.raises(ValueError, match=f"the logits of Language are not W phi: .*{message}"):
+        check_linear(model, lambda: model.run(size))
+    assert not model.head._forward_hooks
+
+
+def test_a_classifier_that_is_not_called_is_not_taken_for_w():
+    model = Language()
+    with pytest.raises(ValueError, match="the classifier does not multiply by W alone"):
+        check_linear(model, lambda: (torch.ones(2, 3, 576), torch.ones(2, 3, 300)))

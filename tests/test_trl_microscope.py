@@ -1,6 +1,7 @@
 """The microscope as a callback: on four architectures, what it logs is what happened, and training does not notice."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from datasets import Dataset  # noqa: E402  after the check that it is there
 from test_trl_recipe import ALPHABET, END, config, float32, reward  # noqa: E402, F401  a fixture
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    NanoChatConfig,
+    PhiConfig,
     Qwen2Config,
     TrainerCallback,
 )
@@ -21,7 +27,7 @@ from trl import GRPOTrainer  # noqa: E402
 from trl_bridge import character_tokenizer  # noqa: E402
 
 from experiments.trl_microscope import Microscope  # noqa: E402
-from experiments.trl_recipe import ClassifierFirst  # noqa: E402
+from experiments.trl_recipe import ClassifierFirst, two_rates  # noqa: E402
 from model import confidence, entropy  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,7 +62,7 @@ class Copies(TrainerCallback):
     on_step_end = on_train_begin
 
 
-def run(model, out, every=1, looks=True, resume=None, **changes):
+def run(model, out, every=1, looks=True, resume=None, optimizers=(None, None), **changes):
     """(the rows logged by update, the models after every update) of three updates, the first in stage 1."""
     copies, prompts = Copies(), Dataset.from_list([{"prompt": f"{i % 10}+{i // 10}="} for i in range(100)])
     trainer = GRPOTrainer(
@@ -66,6 +72,7 @@ def run(model, out, every=1, looks=True, resume=None, **changes):
         train_dataset=prompts,
         processing_class=character_tokenizer(ALPHABET, END),
         callbacks=[ClassifierFirst(1), copies],
+        optimizers=optimizers,
     )
     if looks:
         trainer.add_callback(Microscope(trainer, TOKENS, MASK, every))
@@ -109,11 +116,34 @@ def test_several_updates_are_told_as_one(tmp_path):
     assert rows[4]["microscope/entropy_change"] == pytest.approx(change.item(), abs=2e-5)
 
 
-def test_in_bfloat16_the_rows_add_up(tmp_path):
-    """What an update changed is the difference of two rows, to 1e-5: all is widened before anything is subtracted."""
-    rows, _ = run(made("llama").bfloat16(), tmp_path)
-    for name in ("microscope/entropy", "microscope/confidence"):
-        assert rows[3][name] - rows[2][name] == pytest.approx(rows[3][f"{name}_change"], abs=1e-5)
+def largest(model):
+    """With the weights of its matrices times 5, so that it is confident enough for rounding to matter."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 5 if p.ndim > 1 else 1
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_small_updates_are_seen_whatever_the_precision_of_training(kind, precision, tmp_path):
+    """At the README's own rates, against float64: to 1e-6, a few roundings of float32 in 2.5 nats. A pass in bfloat16
+    rounds to some 1e-4. Weights in bfloat16 hardly move at such rates, and that is what is said of them."""
+    model = largest(made(kind))
+    model = model.bfloat16() if precision == "bfloat16" else model
+    rates = two_rates(model, classifier_steps=1, lr=1e-6, classifier_lr=2e-5)
+    rows, models = run(model, tmp_path, bf16=precision == "autocast", optimizers=rates)
+    for step in (1, 2, 3):
+        for name, value in by_hand(*(each.double() for each in models[step - 1 : step + 1])).items():
+            assert rows[step][name] == pytest.approx(value.item(), abs=1e-6), name
+
+
+def test_a_bfloat16_model_with_trl_s_classifier_in_float32_is_looked_at(tmp_path):
+    model = made("llama").bfloat16()
+    rows, models = run(model, tmp_path, cast_lm_head_to_fp32=True)
+    assert model.lm_head.weight.dtype == torch.float32 and model.model.norm.weight.dtype == torch.bfloat16
+    for name, value in by_hand(*(each.float() for each in models[1:3])).items():
+        assert rows[2][name] == pytest.approx(value.item(), abs=2e-5), name
 
 
 def test_training_does_not_notice(tmp_path):
@@ -122,11 +152,71 @@ def test_training_does_not_notice(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(*(each.values() for each in weights), strict=True))
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_look_leaves_every_module_as_it_was(error):
+    """In training, in eval, and under autocast; also when the pass fails."""
+    model = made("gpt2").train()
+    model.transformer.h[0].eval()
+    model._original_forward = model.forward  # as accelerate does it
+    model.forward = forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    modes = [module.training for module in model.modules()]
+    look = Microscope(SimpleNamespace(model=model, processing_class=None), TOKENS, MASK).look
+    if error:
+        model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            look()
+    else:
+        assert look()[0].dtype == torch.float32
+    assert [module.training for module in model.modules()] == modes and model.forward is forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_changes_nothing(kind):
+    """With its attention_mask the states are those of the tokens alone; without, it is refused."""
+    model, pad = made(kind), 2
+    trainer = SimpleNamespace(model=model, processing_class=SimpleNamespace(pad_token_id=END))
+    padded = torch.cat((torch.full((3, pad), END), TOKENS), dim=1)
+    mask, attended = torch.cat((MASK[:, :pad] & False, MASK), dim=1), (padded != END).long()
+    alone, _ = Microscope(trainer, TOKENS, MASK).look()
+    torch.testing.assert_close(Microscope(trainer, padded, mask, attention_mask=attended).look()[0], alone)
+    with pytest.raises(ValueError, match="tokens begin with the padding token: give their attention_mask"):
+        Microscope(trainer, padded, mask)
+    Microscope(trainer, padded, mask, attention_mask=torch.ones_like(padded)).look()  # it may be a word as well
+
+
 def test_a_resumed_run_logs_the_same_rows(tmp_path):
     """The first of them tells of the update after the checkpoint, from the checkpoint's own policy."""
     whole, _ = run(made("llama"), tmp_path / "whole", save_strategy="steps", save_steps=1)
     resumed, _ = run(made("llama"), tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert {k: v for k, v in resumed[3].items() if "/" in k} == {k: v for k, v in whole[3].items() if "/" in k}
+
+
+REFUSED = {
+    "gemma2": (Gemma2Config(head_dim=8, num_key_value_heads=2, **SIZES, **COMMON), "a soft cap"),
+    "nanochat": (NanoChatConfig(num_key_value_heads=2, **SIZES, **COMMON), "a soft cap"),
+    "granite": (GraniteConfig(logits_scaling=8.0, num_key_value_heads=2, **SIZES, **COMMON), "a scale"),
+    "phi": (PhiConfig(**SIZES, **COMMON), "has a bias"),
+    "gemma3n": (
+        Gemma3nTextConfig(
+            head_dim=8, num_key_value_heads=2, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+            vocab_size_per_layer_input=END + 1, hidden_size_per_layer_input=8, laurel_rank=4, **SIZES, **COMMON,
+        ),
+        r"not the last hidden state, of shape \(4, 3, 8, 32\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-3, 1])
+def test_a_model_whose_logits_are_not_w_phi_is_refused_before_any_update(kind, precision, size, tmp_path):
+    """However small its logits are at the start."""
+    config, fault = REFUSED[kind]
+    model = AutoModelForCausalLM.from_config(config)
+    model.lm_head.weight.data *= size
+    model = model.bfloat16() if precision == "bfloat16" else model
+    with pytest.raises(ValueError, match=f"the logits of {type(model).__name__} are not W phi: .*{fault}"):
+        run(model, tmp_path, bf16=precision == "autocast")
 
 
 def test_what_cannot_be_split_is_refused_before_any_update(tmp_path):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -107,7 +108,17 @@ class Watch(TrainerCallback):
         return [tuple(not same(*halves) for halves in zip(old, new, strict=True)) for old, new in updates]
 
 
-def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), callbacks=(), looks=False, **changes):
+def trained(
+    model,
+    out,
+    classifier_steps=2,
+    resume=None,
+    freeze=True,
+    optimizers=(None, None),
+    callbacks=(),
+    looks=False,
+    **changes,
+):
     watch = Watch()
     trainer = GRPOTrainer(
         model,
@@ -115,7 +126,7 @@ def trained(model, out, k=2, resume=None, freeze=True, optimizers=(None, None), 
         args=config(out, **changes),
         train_dataset=prompts(),
         processing_class=character_tokenizer(ALPHABET, END),
-        callbacks=[ClassifierFirst(k, freeze), watch, *callbacks],
+        callbacks=[ClassifierFirst(classifier_steps, freeze), watch, *callbacks],
         optimizers=optimizers,
     )
     if looks:
@@ -136,10 +147,10 @@ def test_the_body_rests_bit_for_bit_in_stage_1_and_all_moves_afterwards(kind, tm
 
 
 def test_a_run_of_stage_1_alone_leaves_a_model_that_can_be_trained_on(tmp_path):
-    """Else the next trainer's optimiser would not know the body."""
+    """Nothing of the stage stays behind."""
     model = tiny("gpt2")
-    assert trained(model, tmp_path, k=5).moved() == [(True, False)] * 5
-    assert all(p.requires_grad for p in model.parameters())
+    assert trained(model, tmp_path, classifier_steps=5).moved() == [(True, False)] * 5
+    assert trained(model, tmp_path, classifier_steps=0).moved() == [(True, True)] * 5
 
 
 def test_the_stage_changes_between_updates_when_gradients_are_accumulated(tmp_path):
@@ -148,6 +159,15 @@ def test_the_stage_changes_between_updates_when_gradients_are_accumulated(tmp_pa
 
 def test_the_matched_control_freezes_nothing(tmp_path):
     assert trained(tiny("gpt2"), tmp_path, freeze=False).moved() == [(True, True)] * 5
+
+
+def test_the_control_is_matched_also_where_trl_clips_gradients(tmp_path):
+    """At its default of 1, by the norm of all gradients: the first update moves W by the same bits in both arms. With
+    TRL's own gradient checkpointing too."""
+    changes = dict(max_grad_norm=1.0, gradient_checkpointing=True)
+    arms = [trained(tiny("gpt2"), tmp_path, freeze=freeze, **changes) for freeze in (True, False)]
+    assert arms[0].moved() == STAGES
+    assert same(*(watch.seen[1][0] for watch in arms)) and not same(*(watch.seen[1][1] for watch in arms))
 
 
 def test_stage_2_starts_with_a_fresh_optimiser(tmp_path):
@@ -162,7 +182,7 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
     so the README has people load the model from the checkpoint too."""
 
     def run(model, out, **changes):
-        optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
+        optimizers = two_rates(model, classifier_steps=2, lr=1e-3, classifier_lr=2e-2)
         return trained(model, tmp_path / out, optimizers=optimizers, **changes)
 
     whole = run(tiny(kind), "whole", save_strategy="steps", save_steps=1)
@@ -194,7 +214,7 @@ def test_a_run_cut_short_in_stage_1_and_again_in_stage_2_ends_with_the_same_bits
 
     def run(out, **changes):
         model = tiny("gpt2")
-        optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
+        optimizers = two_rates(model, classifier_steps=2, lr=1e-3, classifier_lr=2e-2)
         return trained(model, tmp_path / out, optimizers=optimizers, save_strategy="steps", **changes)
 
     whole = run("whole", save_steps=5)
@@ -211,7 +231,7 @@ def test_a_run_cut_short_in_stage_1_and_again_in_stage_2_ends_with_the_same_bits
 def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
     """Group 0 is the classifier's."""
     model = tiny("gpt2")
-    optimizers = two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2)
+    optimizers = two_rates(model, classifier_steps=2, lr=1e-3, classifier_lr=2e-2)
     watch = trained(model, tmp_path, optimizers=optimizers)
     assert all(group["weight_decay"] == 0 for group in optimizers[0].param_groups)
     assert watch.rates == [pytest.approx([2e-2, 1e-3])] * 2 + [pytest.approx([1e-3, 1e-3])] * 3
@@ -223,9 +243,9 @@ def test_the_readme_s_own_call_trains_and_a_second_train_is_refused(tmp_path):
     names = {"ClassifierFirst": ClassifierFirst, "two_rates": two_rates, "reward": reward, "prompts": prompts()}
     names |= {"model": tiny("gpt2"), "config": config(tmp_path)}
     names["GRPOTrainer"] = partial(GRPOTrainer, processing_class=character_tokenizer(ALPHABET, END))
-    exec(USAGE.replace("k=20", "k=2"), names)
+    exec(USAGE.replace("classifier_steps=20", "classifier_steps=2"), names)
     assert names["trainer"].state.global_step == 5
-    with pytest.raises(ValueError, match=r"a second train\(\) goes on with the first one's optimiser"):
+    with pytest.raises(ValueError, match=r"the optimiser has a state before the first update, from a train\(\) before"):
         names["trainer"].train()
 
 
@@ -240,37 +260,172 @@ def frozen(model):
     return model
 
 
+def tied_by_storage(name):
+    """lm_head's numbers are those of another parameter, though it is no longer the same object."""
+    model = tiny("gpt2")
+    model.lm_head.weight = torch.nn.Parameter(model.get_parameter(name).data[: END + 1])
+    return model
+
+
 @pytest.mark.parametrize(
-    "make, k, message",
+    "make, message",
     [
-        (lambda: tiny("gpt2", tied=True), 2, "the classifier is tied to the token embedding"),
-        (lambda: tiny("neox", tied=True), 2, "the classifier is tied to the token embedding"),
-        (lambda: tiny("gpt2"), -1, "k=-1 is not between 0 and max_steps=5"),
-        (lambda: tiny("gpt2"), 6, "k=6 is not between 0 and max_steps=5"),
-        (lambda: without_output_embeddings(tiny("gpt2")), 2, "GPT2LMHeadModel has no output embedding"),
-        (lambda: tiny("gpt2"), 2.5, "k=2.5 is not between 0 and max_steps=5"),
-        (lambda: frozen(tiny("gpt2")), 2, "a parameter is frozen or unknown to the optimiser"),
+        (lambda: tiny("gpt2", tied=True), "the classifier is tied to transformer.wte, which would move"),
+        (lambda: tiny("neox", tied=True), "the classifier is tied to gpt_neox.embed_in, which would move"),
+        (lambda: tied_by_storage("transformer.wte.weight"), "the classifier is tied to transformer.wte, which"),
+        (lambda: tied_by_storage("transformer.wpe.weight"), "the classifier is tied to transformer.wpe, which"),
+        (lambda: without_output_embeddings(tiny("gpt2")), "GPT2LMHeadModel has no output embedding"),
+        (lambda: frozen(tiny("gpt2")), "a parameter is frozen or unknown to the optimiser"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_update(make, k, message, tmp_path):
+def test_what_cannot_work_is_refused_before_any_update(make, message, tmp_path):
     model = make()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
-        trained(model, tmp_path, k)
+        trained(model, tmp_path)
     assert same(before, model.parameters())
+
+
+@pytest.mark.parametrize("steps, said", [(-1, "-1"), (2.5, "2.5"), ("2", "'2'"), (None, "None")])
+def test_a_length_that_is_no_whole_number_is_refused_at_once(steps, said):
+    model = tiny("gpt2")
+    for make in (ClassifierFirst, lambda steps: two_rates(model, steps, 1e-3, 2e-2)):
+        with pytest.raises(ValueError, match=f"classifier_steps must be a whole number of at least 0, not {said}"):
+            make(steps)
+
+
+def test_a_stage_1_longer_than_the_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="classifier_steps=6 is more than max_steps=5"):
+        trained(tiny("gpt2"), tmp_path, classifier_steps=6)
+
+
+def test_a_whole_number_of_numpy_s_is_one_also_in_a_checkpoint(tmp_path):
+    def run(out, **changes):
+        model = tiny("gpt2")
+        optimizers = two_rates(model, numpy.int64(2), numpy.float64(1e-3), numpy.float64(2e-2))
+        return trained(model, tmp_path, numpy.int64(2), optimizers=optimizers, save_strategy="steps", **changes)
+
+    assert run(tmp_path, save_steps=1).moved() == STAGES
+    assert run(tmp_path, save_steps=1, resume=str(tmp_path / "checkpoint-1")).moved() == STAGES[1:]
+
+
+def test_an_optimiser_that_cannot_start_afresh_is_refused(tmp_path):
+    """Adagrad makes its state when it is made, and fails without."""
+    model = tiny("gpt2")
+    adagrad = torch.optim.Adagrad(model.parameters())
+    with pytest.raises(ValueError, match=r"because it makes one at once \(Adagrad\)"):
+        trained(model, tmp_path, optimizers=(adagrad, torch.optim.lr_scheduler.ConstantLR(adagrad)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_a_tied_model_trains_once_untied_as_the_refusal_says(kind, tmp_path):
+    """And stays untied in a checkpoint."""
+    model = tiny(kind, tied=True)
+    with pytest.raises(ValueError) as refusal:
+        trained(model, tmp_path)
+    exec(str(refusal.value).partition("to untie them: ")[2], {"model": model, "torch": torch})
+    assert trained(model, tmp_path, save_strategy="steps", save_steps=5).moved() == STAGES
+    back = type(model).from_pretrained(tmp_path / "checkpoint-5")
+    assert all(same(*pair) for pair in zip(halves(back), halves(model), strict=True))
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A function that resumes one run after an update, with something changed."""
+    out = tmp_path_factory.mktemp("saved")
+
+    def run(resume=None, freeze=True, callback_steps=2, **changes):
+        model = tiny("gpt2")
+        optimizers = two_rates(model, **dict(classifier_steps=2, lr=1e-3, classifier_lr=2e-2) | changes)
+        resume = resume and str(out / f"checkpoint-{resume}")
+        saving = dict(optimizers=optimizers, save_strategy="steps", save_steps=1)
+        return trained(model, out, callback_steps, resume, freeze, **saving)
+
+    run()
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(lr=1e-4), "'lr': 0.001, .* with .*'lr': 0.0001"),
+        (dict(classifier_lr=1e-2), "'classifier_lr': 0.02.* with .*'classifier_lr': 0.01"),
+        (dict(classifier_steps=4), "'classifier_steps': 2.* with .*'classifier_steps': 4"),
+        (dict(callback_steps=4), "'classifier_steps': 2.* with .*'classifier_steps': 4"),
+        (dict(freeze=False), "'freeze': True.* with .*'freeze': False"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(saved_run, step, changes, message):
+    """In stage 1 and in stage 2, be it the callback's settings that changed or those of the rates."""
+    with pytest.raises(ValueError, match=message):
+        saved_run(resume=step, **changes)
+
+
+def test_a_run_without_the_stage_is_not_resumed_with_it(tmp_path):
+    GRPOTrainer(
+        tiny("gpt2"),
+        reward,
+        config(tmp_path, save_strategy="steps", save_steps=1),
+        prompts(),
+        None,
+        character_tokenizer(ALPHABET, END),
+    ).train()
+    with pytest.raises(ValueError, match="the checkpoint is of a run with None, and cannot be resumed with"):
+        trained(tiny("gpt2"), tmp_path, resume=str(tmp_path / "checkpoint-1"))
+
+
+class Break(TrainerCallback):
+    """Fails, or is interrupted, within the pass of the second update, before or after its backward."""
+
+    def __init__(self, error, when):
+        self.error, self.when = error, when
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 1 and self.when == "forward":
+            self.hook = model.lm_head.register_forward_hook(self.fail)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise self.error
+
+    def fail(self, *_):
+        self.hook.remove()
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("stage", [True, False])
+def test_a_run_that_fails_in_stage_1_leaves_no_parameter_frozen(error, when, stage, tmp_path):
+    """The next trainer, with the stage or without, finds the model as if it had never been in one."""
+    model = tiny("gpt2")
+    with pytest.raises(error):
+        trained(model, tmp_path, callbacks=[Break(error, when)])
+    steps, expected = (2, STAGES) if stage else (0, [(True, True)] * 5)
+    assert trained(model, tmp_path, classifier_steps=steps).moved() == expected
+
+
+@pytest.mark.parametrize("lr, classifier_lr", [(0.0, 2e-2), (1e-3, 0.0)])
+def test_either_rate_may_be_0(lr, classifier_lr, tmp_path):
+    """What has a rate of 0 rests."""
+    model = tiny("gpt2")
+    watch = trained(model, tmp_path, freeze=False, optimizers=two_rates(model, 2, lr, classifier_lr))
+    assert watch.moved() == [(classifier_lr > 0, lr > 0)] * 2 + [(lr > 0, lr > 0)] * 3
 
 
 def test_what_two_rates_would_unfreeze_is_refused(tmp_path):
     """Its optimiser knows every parameter, frozen ones too."""
     model = frozen(tiny("gpt2"))
     with pytest.raises(ValueError, match="a parameter is frozen"):
-        trained(model, tmp_path, optimizers=two_rates(model, k=2, lr=1e-3, classifier_lr=2e-2))
+        trained(model, tmp_path, optimizers=two_rates(model, classifier_steps=2, lr=1e-3, classifier_lr=2e-2))
 
 
 def test_sharding_by_the_trainer_is_refused(tmp_path):
     """As if the run had asked the trainer for FSDP: none is needed to see the sentence."""
     callback, model = ClassifierFirst(2), tiny("gpt2")
-    args, state = SimpleNamespace(fsdp="full_shard", deepspeed=None), SimpleNamespace(max_steps=5, global_step=0)
+    args = SimpleNamespace(fsdp="full_shard", deepspeed=None)
+    state = SimpleNamespace(max_steps=5, global_step=0, stateful_callbacks={"ClassifierFirst": callback.state()})
     with pytest.raises(ValueError, match="no fsdp, no deepspeed: shard by from_pretrained"):
         callback.on_train_begin(args, state, None, model, torch.optim.AdamW(model.parameters()))
 
@@ -312,13 +467,13 @@ def test_sharding_changes_nothing_but_rounding(two_processes):
 
 
 def run_as_one_of_two_processes(how, out):
-    model, rank, changes = tiny("gpt2"), os.environ["RANK"], dict(ddp_find_unused_parameters=True)
+    model, rank = tiny("gpt2"), os.environ["RANK"]
     if how == "fsdp2":
         torch.distributed.init_process_group("gloo")
         plan = DistributedConfig(fsdp_size=2)
-        model, changes = GPT2LMHeadModel.from_pretrained(out / "model", distributed_config=plan), {}
+        model = GPT2LMHeadModel.from_pretrained(out / "model", distributed_config=plan)
     sharded = all(isinstance(p, DTensor) for p in model.parameters())
-    watch = trained(model, out / "run", looks=True, per_device_train_batch_size=8, ddp_backend="gloo", **changes)
+    watch = trained(model, out / "run", looks=True, per_device_train_batch_size=8, ddp_backend="gloo")
     found = {name: getattr(watch, name) for name in ("seen", "history", "adam")}
     found |= {"moved": watch.moved(), "sharded": sharded}
     torch.save(found, out / f"rank-{rank}.pt")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from experiments import cli
-from experiments.any_model import exact_split, split_effect
+from experiments.any_model import check_linear, exact_split, split_effect
 from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
 from experiments.measures import first_states, geometry
 from experiments.runs import Watch, jobs, write_text
@@ -61,8 +61,9 @@ class CausalLM(nn.Module):
 
     def __init__(self, lm, shared):
         super().__init__()
-        self.config, self.shared = SimpleNamespace(vocab_size=lm.config.vocab_size), shared
-        self.body, head = Body(lm.base_model), lm.get_output_embeddings()
+        head = lm.get_output_embeddings()
+        self.config, self.shared = SimpleNamespace(vocab_size=head.out_features), shared
+        self.body = Body(lm.base_model)
         self.classifier = nn.Linear(head.in_features, head.out_features, bias=False)
         self.classifier.weight.data = head.weight.detach().clone()  # untied from the embedding
 
@@ -96,18 +97,18 @@ class Sums:
     """Two digits plus one, `58+7=`, after two worked examples: 900 pairs, of which a tenth is held out. Below ten there
     are 100 pairs only, and RL is done with them in a few updates. A response is right if it is the sum and a newline.
 
-    All prompts have one length in tokens, and all digits are tokens. ValueError for a tokenizer that merges them.
+    All prompts have one length in tokens, and all digits are tokens. ValueError for a tokenizer that does otherwise.
     """
 
     examples = "23+5=28\n47+6=53\n"
 
     def __init__(self, encode, decode):
         self.encode, self.decode = encode, decode
-        for text in (self.prompt(47, 6), "104\n"):
-            if encode(text) != [token for character in text for token in encode(character)]:
-                raise ValueError(
-                    f"the tokenizer merges characters of {text!r}: the answer's digits would not be tokens"
-                )
+        for text in ("\n", self.prompt(47, 6), "104\n"):
+            tokens = encode(text)
+            if len(tokens) != len(text) or tokens != [token for character in text for token in encode(character)]:
+                fault = "merges or drops some, or puts a prefix before"
+                raise ValueError(f"the tokenizer does not write {text!r} as a token for each character: it {fault}")
         (self.end_token,) = encode("\n")
         self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))
         self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
@@ -185,19 +186,28 @@ def load(config, weights=True):
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"the classifier is {head}, no linear layer without bias: it cannot be cut off and untied")
-    if not weights:
-        return lm, task
-    return faithful(CausalLM(lm, task.shared), lm, task), task
+    return (faithful(lm, task) if weights else lm), task
 
 
 @torch.no_grad()
-def faithful(model, lm, task):
-    """The CausalLM, if its logits are the language model's own. ValueError if that does more to them than W phi."""
-    tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53")])
-    if not torch.allclose(model(tokens)[:, -1], lm(tokens).logits[:, -1], rtol=1e-2, atol=1e-2):
-        raise ValueError(
-            f"the logits of {type(lm).__name__} are not W phi: the classifier cannot be cut off and untied"
-        )
+def faithful(lm, task):
+    """The CausalLM, if it is the language model that it is made of. ValueError, naming that and what it lacks."""
+    name, tokens = type(lm).__name__, torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
+
+    def plain():
+        output = lm(tokens, output_hidden_states=True)
+        return output.hidden_states[-1], output.logits
+
+    try:
+        phi, _ = plain()
+        model = CausalLM(lm, task.shared)
+        close = torch.allclose(model.features(tokens), phi, rtol=1e-2, atol=1e-3 * phi.abs().max().item())
+    except Exception as error:  # of many kinds
+        lacks = f"no features, or no keys and values of each of its layers ({str(error).strip().splitlines()[0]})"
+        raise ValueError(f"{name} cannot read a prompt once for all its responses: it gives {lacks}") from None
+    if not close:
+        raise ValueError(f"{name} gives other features where it reads a prompt once for all its responses")
+    check_linear(lm, plain)
     return model
 
 
@@ -206,7 +216,7 @@ def check_memory(config, lm, task, workers):
     if torch.device(config.device).type != "cpu":
         return
     weights = sum(p.numel() for p in lm.parameters()) + lm.get_output_embeddings().weight.numel()
-    logits = config.prompts * config.samples * task.block_size * lm.config.vocab_size
+    logits = config.prompts * config.samples * task.block_size * lm.get_output_embeddings().out_features
     needed = workers * (4 * weights + 5 * logits) * 4 / 2**30  # weights, gradient, Adam's two; float32
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -6,6 +6,8 @@ import statistics
 
 import torch
 
+from model import check_counts
+
 MARGIN = 0.02  # of accuracy, fixed beforehand: two ways of training that differ by less count as equally good
 
 # What judge says, of how fast two ways of training are.
@@ -16,11 +18,14 @@ SPEED = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:
 def student_t(p, freedom):
     """The p-quantile, 0 < p < 1, of Student's t with `freedom` degrees of it.
 
-    With t = sqrt(freedom) tan(a) its density is cos(a)^(freedom - 1) da, which is summed here. Textbook.
+    With t = sqrt(freedom) tan(a) its density is cos(a)^(freedom - 1) da, which is summed here. Textbook. ValueError for
+    p nearer to 0 or 1 than 1e-6: there the sum is too coarse.
 
     >>> round(student_t(0.975, 4), 2), round(student_t(0.975, 9), 2)
     (2.78, 2.26)
     """
+    if not 1e-6 <= p <= 1 - 1e-6:
+        raise ValueError(f"the quantile must lie between 1e-6 and 1 - 1e-6, not {p}")
     angle = torch.linspace(-math.pi / 2, math.pi / 2, 200_001, dtype=torch.float64)
     below = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
     at = torch.searchsorted(below, p * below[-1])
@@ -28,7 +33,11 @@ def student_t(p, freedom):
 
 
 def half_width(values, level=0.95):
-    """Of the interval around the values' mean that holds the true mean with that probability; inf for one value."""
+    """Of the interval around the values' mean that holds the true mean with that probability; inf for one value.
+
+    ValueError if there is no value, or one that is not finite (or so large that its square is not)."""
+    if not values or not all(abs(value) < 1e150 for value in values):
+        raise ValueError(f"values must be finite numbers, at least one, not {values}")
     if len(values) < 2:
         return math.inf
     return student_t((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -42,13 +51,16 @@ def judge(differences, margin=MARGIN, looks=1):
     undecided  neither
 
     `looks` is how many such questions are asked together: each is then asked at 5% / looks (Bonferroni), so that all
-    answers hold together. ValueError if there is no difference, or one that is not finite.
+    answers hold together. ValueError as of half_width, and for other numbers of looks than 1, 2, ... or a margin below
+    0.
     """
-    if not differences or not all(map(math.isfinite, differences)):
-        raise ValueError(f"differences must be finite numbers, at least one, not {differences}")
+    check_counts(looks=looks)
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be finite and not negative, not {margin}")
+    narrow, wide = (half_width(differences, 1 - level / looks) for level in (0.1, 0.05))
     mean = statistics.fmean(differences)
-    if abs(mean) + half_width(differences, 1 - 0.1 / looks) < margin:
+    if abs(mean) + narrow < margin:
         return "equal"
-    if abs(mean) > half_width(differences, 1 - 0.05 / looks):
+    if abs(mean) > wide:
         return "more" if mean > 0 else "less"
     return "undecided"

@@ -79,7 +79,21 @@ def test_an_interval_grows_with_its_level_and_one_value_has_none(values):
     assert half_width(values[:1]) == math.inf
 
 
-@pytest.mark.parametrize("differences", [[], [math.nan, 0.1], [math.inf, 0.1]])
-def test_no_verdict_without_finite_differences(differences):
-    with pytest.raises(ValueError, match="differences must be finite numbers, at least one"):
-        judge(differences)
+@pytest.mark.parametrize("values", [[], [math.nan, 0.1], [math.inf, 0.1], [1e308, 1e308]])
+def test_there_is_no_verdict_and_no_interval_without_finite_numbers(values):
+    """Nor of numbers whose sum or square is not finite."""
+    for of in (judge, half_width):
+        with pytest.raises(ValueError, match="values must be finite numbers, at least one"):
+            of(values)
+
+
+@pytest.mark.parametrize("bad", [dict(looks=0), dict(looks=1.5), dict(margin=math.nan), dict(margin=-0.1)])
+def test_a_question_that_makes_no_sense_is_refused_by_name(bad):
+    (name, value), *_ = bad.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        judge([0.1, 0.2], **bad)
+
+
+def test_a_quantile_beyond_the_table_is_refused():
+    with pytest.raises(ValueError, match="between 1e-6 and 1 - 1e-6, not 0.9999999999"):
+        student_t(0.9999999999, 1)

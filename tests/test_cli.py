@@ -79,7 +79,10 @@ def test_what_a_run_says_while_it_trains_fits_80_columns(tmp_path, capsys):
     """With its defaults and in every experiment; the jobs themselves are replaced by one that is done at once."""
     for name, flags in {"plain": {}, **EXPERIMENTS}.items():
         (tmp_path / name).mkdir()
-        assert runs.run(Config(**flags), tmp_path / name, 1, lambda *_: torch.nn.Identity()) == []
+        config = Config(**flags)
+        with runs.jobs(config, tmp_path / name, 1) as do:
+            for arms in (["sft"], config.arm_list):
+                assert do(lambda *_: torch.nn.Identity(), arms) == []
     width, line = widest(capsys)
     assert 60 < width <= 80, line
 
@@ -104,6 +107,8 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
         (["--seeds", "-1"], "seeds must be a whole number of at least 1, not -1"),
         (["--workers", "0"], "workers must be a whole number of at least 1, not 0"),
         (["--classifier-steps", "81"], "classifier_steps=81 is not between 0 and steps=80"),
+        (["--arms", "rl", "--classifier-steps", "81"], "classifier_steps=81 is not between 0 and steps=80"),
+        (["--arms", "rl-sgd,ft", "--classifier-lr", "nan"], "classifier_lr must be finite and not negative, not nan"),
         (["--digits", "4"], "digits must be 1, 2 or 3, not 4"),
         (["--samples", "1"], "samples=1 leaves the baseline 'std' no group to compare with"),
         (["--arms", "rl,sarsa"], "arm 'sarsa' is not one of rl, cf-rl"),
@@ -111,7 +116,7 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
         (["--arms", ""], "arm '' is not one of rl, cf-rl"),
         (["--baseline", "median"], "baseline must be one of std, mean, rloo, none, not 'median'"),
         (["--tilt", "0.8,few"], "tilt must be shares such as 0.8,0.01,0.19, not '0.8,few'"),
-        (["--tilt", "0.5,0.5"], "mixture=(0.5, 0.5) does not give one share for each of DSG"),
+        (["--tilt", "0.5,0.5"], "mixture=(0.5, 0.5) does not give one share for each of dsg"),
         (["--lr", "nan"], "lr must be finite and not negative, not nan"),
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),

@@ -145,7 +145,7 @@ def run(out, *flags):
 def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
     """With coin flips for rewards, since a random model is never right: the changes add up, stage 1 moves nothing
     through the body, and the same command makes what is missing, to the letter."""
-    flags = ("--arms", "random-reward,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only")
+    flags = ("--arms", "random-reward,cf-rl,control,cf-rl-same-lr,classifier-only")
     assert run(tmp_path, *flags) == 0
     rows = rows_without_seconds(tmp_path / "metrics.csv")
     assert len(rows) == 1 + 5 * 3 and "over the run" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_linear_probing_moves_the_classifier_and_no_feature(only_stage_1):
 def test_fine_tuning_first_is_followed_by_rl_and_both_count_as_updates(only_stage_1):
     """Updates 1 and 2 imitate, so there is no reward; 3 and 4 are rewarded."""
     rows = [row for row in rows_of(only_stage_1) if row["arm"] == "sft-rl-sgd"]
-    assert [row["step"] for row in rows] == ["2", "4"]
+    assert [(row["step"], row["stage"]) for row in rows] == [("2", "1"), ("4", "2")]
     assert [math.isnan(float(row["reward"])) for row in rows] == [True, False]
 
 

@@ -265,13 +265,11 @@ def test_a_stage_of_unknown_parameters_is_refused_by_name(trains):
 def test_what_rests_has_no_gradient_at_all(loop):
     """None, whatever was left there: with a gradient of 0, and momentum, Adam would go on moving it. W alone, all, the
     body alone, and W alone again, after either kind of backward pass."""
-    model, stages = (
-        tiny_gpt(0, 17, 11),
-        tuple(Stage(2, trains, LR) for trains in ("classifier", "all", "body", "classifier")),
-    )
+    stages = tuple(Stage(2, trains, LR) for trains in ("classifier", "all", "body", "classifier"))
+    rl = RLConfig(stages, prompts=3, samples=6, reward=coin_flips)
+    model, config = tiny_gpt(0, 17, 11), rl if loop is train_rl else SFTConfig(stages, rows=4)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    config = RLConfig(stages, prompts=3, samples=6) if loop is train_rl else SFTConfig(stages, rows=4)
     for record in loop(model, Addition(1), config, generator(0)):
         trains = stages[record["stage"] - 1].trains
         assert (model.classifier.weight.grad is None) == (trains == "body")

@@ -115,7 +115,7 @@ def arm_named(name) -> Arm:
     """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them.
 
     ValueError for any other name."""
-    cell = re.fullmatch(r"(.+)-([0-9]+)x([0-9.e-]+)", name)
+    cell = re.fullmatch(r"(.+)-([0-9]+)x([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", name)
     if name in ARMS:
         return ARMS[name]
     if not cell or cell[1] not in ARMS:

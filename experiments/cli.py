@@ -5,7 +5,6 @@ Flags are the fields of a Config. What is wrong with them is said in one sentenc
 
 import argparse
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -48,10 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Breaks lines at spaces only: the names of arms and experiments have hyphens, and stay whole."""
+    """Breaks lines at spaces only: the names of arms and experiments, and lists of them, stay whole."""
 
     def _split_lines(self, text, width):
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
 def make_parser(program):
@@ -82,7 +81,7 @@ def make_parser(program):
 def open_streams():
     """Make sure that there are standard streams, and that they can print everything."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that was closed would be the next file's
-        pass
+        os.set_inheritable(descriptor, True)  # and that of a worker's next file
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -139,8 +138,11 @@ def check_toy(args, config):
     """The Config to run: that of the saved run, where that is asked. ValueError or OSError for what cannot be done."""
     if args.plot and args.out is None:
         raise ValueError("--plot needs --out DIR to draw in")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except (ImportError, ValueError) as error:  # the latter if MPLBACKEND names no backend
+            raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}") from None
     if asking_a_saved_run(args):
         _, config = read_config(args.out)
         if not list(args.out.glob("*.pt")):

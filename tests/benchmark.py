@@ -36,12 +36,14 @@ from minicfrl import (  # noqa: E402
     Addition,
     RLConfig,
     SFTConfig,
+    Stage,
     classifier_gradient,
     policy_gradient_loss,
     rollout,
     sequence_logp,
     supervised_finetune,
     train_rl,
+    two_stages,
 )
 from model import GPT, GPTConfig, sample  # noqa: E402
 from ntk import empirical_ntk, logit_change  # noqa: E402
@@ -74,7 +76,7 @@ def step_costs():
     """One RL step of 32 prompts x 8 samples at the default model, from a policy after 200 updates of fine-tuning."""
     task, generator = Addition(), torch.Generator().manual_seed(0)
     model = GPT(GPTConfig(task.vocab_size, task.block_size), generator)
-    list(supervised_finetune(model, task, SFTConfig(steps=200), generator))
+    list(supervised_finetune(model, task, SFTConfig((Stage(200, lr=3e-3),)), generator))
     prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // PROMPTS][:PROMPTS].tolist()]
     start = torch.tensor([task.encode(prompt) for prompt in prompts])
     new_tokens = task.block_size - start.size(1)
@@ -289,7 +291,7 @@ def learn_alike(seeds=5):
         start = GPT(GPTConfig(task.vocab_size, task.block_size), draws_for(seed, "init"))
         for _ in supervised_finetune(start, task, SFTConfig(), draws_for(seed, "sft")):
             pass
-        for arm, config in {"rl": RLConfig(), "cf-rl": RLConfig(classifier_steps=20)}.items():
+        for arm, config in {"rl": RLConfig(two_stages(classifier_steps=0)), "cf-rl": RLConfig()}.items():
             for name, engine in {"`train_rl`": by_train_rl, "TRL": by_trl}.items():
                 course = Course(task, seed)
                 engine(copy.deepcopy(start), task, config, draws_for(seed, "rl"), course)
@@ -315,7 +317,7 @@ def stage_costs():
     for checkpointing in (False, True):
         medians_of = {1: [], 2: []}
         for stage in (1, 2) * 3:  # in turns
-            times, config = [], RLConfig(steps=steps, classifier_steps=steps * (stage == 1), prompts=16)
+            times, config = [], RLConfig(two_stages(steps, steps * (stage == 1)), prompts=16)
             watch = after_every_update(lambda step, times=times: times.append(time.perf_counter()))
             with tempfile.TemporaryDirectory() as out:
                 draws = torch.Generator().manual_seed(0)
@@ -340,7 +342,7 @@ def real_update():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode("\n")[0])
     for stage in (1, 2):
-        times, config = {"train_rl": [], "TRL": []}, RLConfig(4, 4 * (stage == 1), prompts=16, lr=3e-5)
+        times, config = {"train_rl": [], "TRL": []}, RLConfig(two_stages(4, 4 * (stage == 1), lr=3e-5), prompts=16)
         model, task = load(RealConfig())
         times["train_rl"].append(time.perf_counter())
         for _ in train_rl(model, task, config, draws_for(0, "rl")):

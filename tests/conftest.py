@@ -40,5 +40,6 @@ def finished(tmp_path_factory, float64):
 def only_stage_1(tmp_path_factory, float64):
     """A run in which nothing moves but the classifier in stage 1."""
     out = tmp_path_factory.mktemp("runs") / "only-stage-1"
-    assert run(out, "--arms", "cf-rl,random-w,lp-ft,random-reward-sgd,sft-rl-sgd", "--lr", "0", "--sgd-lr", "0") == 0
+    arms = "cf-rl,random-w,lp-ft,random-reward-sgd,sft-rl-sgd,classifier-last-1x2"
+    assert run(out, "--arms", arms, "--lr", "0", "--sgd-lr", "0") == 0
     return out

@@ -1,13 +1,22 @@
 """The command line: what it prints, and that bad input ends in one sentence."""
 
+import contextlib
+import io
+import multiprocessing
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
-from tiny_runs import DEFAULT_ARMS, refused, rows_of, run
+from tiny_runs import DEFAULT_ARMS, TINY, environment, refused, rows_of, run
 
 import train_toy
-from experiments import runs, tables
+from experiments import cli, real_model, runs, tables
 from experiments.arms import ARMS, EXPERIMENTS, Config
 from minicfrl import Addition
 
@@ -30,8 +39,10 @@ def test_asking_trains_nothing(finished, capsys, tmp_path):
     assert {path.name for path in (tmp_path / "unfinished").iterdir()} == {"config.json", "cf-rl-seed0.pt"}
 
 
-def test_plot_draws_a_picture_and_changes_no_metric(finished, tmp_path):
-    """Of an arm that is trained in the same run."""
+def test_plot_draws_a_picture_and_changes_no_metric(finished, tmp_path, monkeypatch):
+    """Of an arm that is trained in the same run. A backend that is not there, as a notebook's in another environment,
+    does no harm: that counts where matplotlib is imported for the first time, which is here if all tests are run."""
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
     pytest.importorskip("matplotlib")
     plot = shutil.copytree(finished, tmp_path / "plot")
     (plot / "cf-rl-seed0.pt").unlink()
@@ -79,7 +90,10 @@ def test_what_a_run_says_while_it_trains_fits_80_columns(tmp_path, capsys):
     """With its defaults and in every experiment; the jobs themselves are replaced by one that is done at once."""
     for name, flags in {"plain": {}, **EXPERIMENTS}.items():
         (tmp_path / name).mkdir()
-        assert runs.run(Config(**flags), tmp_path / name, 1, lambda *_: torch.nn.Identity()) == []
+        config = Config(**flags)
+        with runs.jobs(config, tmp_path / name, 1) as do:
+            for arms in (["sft"], config.arm_list):
+                assert do(lambda *_: torch.nn.Identity(), arms) == []
     width, line = widest(capsys)
     assert 60 < width <= 80, line
 
@@ -104,6 +118,8 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
         (["--seeds", "-1"], "seeds must be a whole number of at least 1, not -1"),
         (["--workers", "0"], "workers must be a whole number of at least 1, not 0"),
         (["--classifier-steps", "81"], "classifier_steps=81 is not between 0 and steps=80"),
+        (["--arms", "rl", "--classifier-steps", "81"], "classifier_steps=81 is not between 0 and steps=80"),
+        (["--arms", "rl-sgd,ft", "--classifier-lr", "nan"], "classifier_lr must be finite and not negative, not nan"),
         (["--digits", "4"], "digits must be 1, 2 or 3, not 4"),
         (["--samples", "1"], "samples=1 leaves the baseline 'std' no group to compare with"),
         (["--arms", "rl,sarsa"], "arm 'sarsa' is not one of rl, cf-rl"),
@@ -111,7 +127,7 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
         (["--arms", ""], "arm '' is not one of rl, cf-rl"),
         (["--baseline", "median"], "baseline must be one of std, mean, rloo, none, not 'median'"),
         (["--tilt", "0.8,few"], "tilt must be shares such as 0.8,0.01,0.19, not '0.8,few'"),
-        (["--tilt", "0.5,0.5"], "mixture=(0.5, 0.5) does not give one share for each of DSG"),
+        (["--tilt", "0.5,0.5"], "mixture=(0.5, 0.5) does not give one share for each of dsg"),
         (["--lr", "nan"], "lr must be finite and not negative, not nan"),
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),
@@ -124,12 +140,153 @@ def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, messag
     assert message in refused(capsys, *flags)
 
 
+def test_plot_without_matplotlib_is_refused(capsys, tmp_path, monkeypatch):
+    """Where it is missing, and where it does not start: MPLBACKEND can name what it does not know."""
+    for content, reason in (("raise ImportError('no')", "no"), ("raise ValueError('Key backend')", "Key backend")):
+        (tmp_path / "matplotlib.py").write_text(content, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+        message = refused(capsys, "--plot", "--out", str(tmp_path / "run"))
+        assert message.endswith(f"--plot needs matplotlib (pip install matplotlib): {reason}\n")
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         train_toy.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
+
+
+def whole(name, text):
+    """Is the name there, with no more of a name before or after it?"""
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)
+
+
+@pytest.mark.parametrize("columns", [50, 80, 97])
+@pytest.mark.parametrize("program", [train_toy, real_model])
+def test_help_keeps_the_names_of_arms_and_experiments_whole(program, columns, monkeypatch, capsys):
+    """So that one can copy or search them, however wide the screen."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    assert stopped.value.code == 0
+    names = [*program.EXPERIMENTS, *(ARMS if program is train_toy else program.RealConfig.arms.split(","))]
+    text = capsys.readouterr().out
+    assert [name for name in names if not whole(name, text)] == []
+
+
+def test_what_a_run_says_keeps_the_names_of_arms_whole():
+    """In 80 columns, wherever a name begins."""
+    for start in range(40, 80):
+        text = runs.filled("x" * start + " " + ", ".join(ARMS))
+        assert all(whole(name, text) for name in ARMS) and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("program", [train_toy, real_model])
+def test_a_stream_of_any_encoding_prints_ticks(program, monkeypatch):
+    """Both programs make it so, before they print anything; and what is no text at all is printed as backslashes."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    for stream in streams.values():
+        print("✓ ✗ \ud800", file=stream, flush=True)
+        assert stream.buffer.getvalue().decode().endswith("✓ ✗ \\ud800\n")
+
+
+def test_a_stream_that_is_not_there_takes_what_is_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.open_streams()
+    with sys.stderr:
+        print("✓", file=sys.stderr, flush=True)
+
+
+def test_a_thread_can_run_the_command_line(finished, tmp_path):
+    """Only the main thread may handle signals; another trains without."""
+    out, codes = shutil.copytree(finished, tmp_path / "thread"), []
+    (out / "cf-rl-seed0.pt").unlink()
+    thread = threading.Thread(target=lambda: codes.append(run(out)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and (out / "cf-rl-seed0.pt").exists()
+
+
+def test_a_system_without_locks_is_told_to_use_one_worker(finished, tmp_path, capsys, monkeypatch):
+    """As where /dev/shm cannot be written to. With one worker there is nothing to share."""
+
+    def no_lock():
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "RLock", no_lock)
+    out = shutil.copytree(finished, tmp_path / "locks")
+    assert run(out, "--workers", "2") == 1
+    errors = capsys.readouterr().err
+    assert errors == "stopped: processes cannot share locks here ([Errno 13] Permission denied): try --workers 1\n"
+    assert run(out) == 0
+
+
+# ------------------------------------------------------------------------------------- processes, started once for all
+
+AT_ODDS = """
+import os, sys, train_toy
+answers = train_toy.show_answers
+train_toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
+sys.exit(train_toy.main(sys.argv[1:]))
+"""
+POSIX = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell, and process groups")
+UNGUARDED = "import sys, train_toy\nsys.exit(train_toy.main(sys.argv[1:]))\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(finished, tmp_path_factory):
+    """Two runs that have two arms to train in two workers, under way while other tests are: (process, folder) by name.
+    One is without standard input and error, on an output of ASCII. The other is started by a script that does not guard
+    its call."""
+    if os.name == "nt":  # their tests are skipped
+        yield {}
+        return
+    folder, started = tmp_path_factory.mktemp("elsewhere"), {}
+    (folder / "unguarded.py").write_text(UNGUARDED, encoding="utf-8")
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", AT_ODDS]
+    for name, command in {"closed": closed, "unguarded": [sys.executable, str(folder / "unguarded.py")]}.items():
+        out = shutil.copytree(finished, folder / name)
+        for arm in ("rl", "cf-rl"):
+            (out / f"{arm}-seed0.pt").unlink()
+        command = [*command, *TINY, "--workers", "2", "--out", str(out)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        env = environment() | ({"PYTHONIOENCODING": "ascii"} if name == "closed" else {})
+        started[name] = subprocess.Popen(command, env=env, cwd=folder, start_new_session=True, **pipes), out
+    yield started
+    for process, _ in started.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@POSIX
+def test_a_run_without_standard_streams_trains(elsewhere):
+    """Its workers too, which would else open their files in place of stderr, and no file of it gets what belongs there;
+    ticks are printed in spite of ASCII."""
+    process, out = elsewhere["closed"]
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "✗" in printed
+    assert (out / "rl-seed0.pt").exists() and (out / "cf-rl-seed0.pt").exists()
+    assert [path for path in out.rglob("*") if path.is_file() and b"of stderr" in path.read_bytes()] == []
+
+
+@POSIX
+def test_a_script_that_does_not_guard_its_call_is_told_so(elsewhere):
+    """Its workers would start runs of their own. It ends; multiprocessing's own complaint is thirty lines long."""
+    process, out = elsewhere["unguarded"]
+    _, errors = process.communicate(timeout=60)
+    told = "workers import the script that starts them: call main() under `if __name__ == '__main__':`"
+    *lines, last = errors.splitlines()
+    assert process.returncode == 1 and set(lines) == {told} and "a worker process died" in last
+    assert not (out / "rl-seed0.pt").exists()
 
 
 def test_the_quick_run_needs_no_folder(capsys, tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from experiments.arms import ARMS, EXPERIMENTS, Config
 from minicfrl import Addition
 from model import GPT
 
-ALPHABET = "0123456789+=;DSG"
+ALPHABET = "0123456789+=;dsg"
 TASKS = {digits: Addition(digits) for digits in (1, 2, 3)}
-odd_characters = st.sampled_from([*"٣３²½ \t\n\r\0_+-.,;=eEdsg", "\ud800", "\u0660"])
+odd_characters = st.sampled_from([*"٣３²½ \t\n\r\0_+-.,;=eEDSG", "\ud800", "\u0660"])
 any_text = st.text(ALPHABET) | st.text() | st.text(st.sampled_from(ALPHABET) | odd_characters)
 
 # ------------------------------------------------------------------------------------------------------------- the task
@@ -26,10 +26,10 @@ any_text = st.text(ALPHABET) | st.text() | st.text(st.sampled_from(ALPHABET) | o
 
 def is_right(digits, total, response):
     """Column by column, with no conversion that might forgive anything."""
-    if not response or response[0] not in "DSG":
+    if not response or response[0] not in "dsg":
         return False
     given = list(response[1:])
-    if response[0] == "S":
+    if response[0] == "s":
         if given.count(";") != 1:
             return False
         given = given[given.index(";") + 1 :]
@@ -46,7 +46,7 @@ def near_answers(draw, right):
             + [right[0] + "_" + right[1:], right.translate({48 + i: 0x660 + i for i in range(10)}), f"{right};{right}"]
         )
     )
-    return draw(st.sampled_from(["D", "S", "G", "S;", "S12;", "D;", "", "d", ";"])) + answer
+    return draw(st.sampled_from(["d", "s", "g", "s;", "s12;", "d;", "", "D", ";"])) + answer
 
 
 @given(data=st.data(), digits=st.sampled_from([1, 2, 3]))
@@ -161,7 +161,6 @@ def test_any_command_line_runs_or_is_refused_before_anything_is_written(flags, t
     accepted, before = [], files(place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_toy, "run", lambda config, *_: accepted.append(config) or [])
-        patch.setattr(train_toy, "report", lambda *_: None)
         code, printed, errors = outcome([*(TINY if tiny else []), *(["--out", out] if out else []), *flags])
     assert code in (0, 2) and (errors == "") == (code == 0)
     if code == 2:

@@ -17,11 +17,11 @@ from experiments.measures import (
     KERNEL,
     MEASURES,
     Scene,
+    ToyView,
     diversity,
     evaluate,
     kernel_row,
     make_probe,
-    measure,
     pass_at_k,
     start_probe,
 )
@@ -264,6 +264,13 @@ def scene(step, seed=0, model_seed=1, **changes):
     return Scene(config, seed, step, task, model, start_probe(config, task, start, seed))
 
 
+def measure(scene):
+    """As it is seen by a view that began where the probe did."""
+    view = ToyView(scene.config, scene.seed, scene.task, scene.probe.start)
+    view.model = scene.model
+    return view.measure(scene.step)
+
+
 def test_columns_are_numbers_when_it_is_their_time_and_nan_otherwise():
     """Every column but those of the held-out evaluation: answers and gains at the start and at the end, the kernel at
     the ends of the stages too. Whatever the step, the columns are the same, in the same order."""
@@ -321,15 +328,15 @@ def test_a_probe_without_advantages_pushes_nowhere():
 def test_the_gains_are_those_of_the_policy_since_the_start(monkeypatch):
     """(E11) from the probe's start to the policy at hand, on the pairs of the last evaluation, which is when they are
     measured. Evaluations, which look at the patterns too, are left out."""
-    task, start, model = Addition(1), *(tiny_gpt(seed, vocab_size=17, block_size=11) for seed in (0, 1))
-    probe = make_probe(start, task, task.heldout_pairs[:2], generator(0))
-    config = Config(digits=1, rl_steps=20, eval_prompts=2, final_prompts=3)
+    start, model = (tiny_gpt(seed, vocab_size=17, block_size=11) for seed in (0, 1))
+    view = ToyView(Config(digits=1, rl_steps=20, eval_prompts=2, final_prompts=3), 0, Addition(1), start)
+    view.model = model
     monkeypatch.setattr(measures, "pattern_rates", lambda policy, task, pairs, draws: (policy, len(pairs)))
     seen = []
     monkeypatch.setattr(measures, "selection", lambda *rates: seen.extend(rates) or {})
     monkeypatch.setattr(measures, "evaluate", lambda *_: {})
-    measures.measure(Scene(config, 0, 20, task, model, probe))
-    assert seen == [(probe.start, 3), (model, 3)]
+    view.measure(20)
+    assert seen == [(view.probe.start, 3), (model, 3)]
 
 
 def test_the_report_by_position_adds_up_to_what_the_run_says_of_whole_responses(finished):

@@ -25,7 +25,7 @@ from experiments.order import (
 )
 from experiments.report import load_results
 from experiments.verdicts import judge
-from minicfrl import Addition, RLConfig, rollout, train_rl
+from minicfrl import Addition, RLConfig, Stage, rollout, train_rl, two_stages
 from model import GPT, GPTConfig
 
 MAP = ("--measures", "accuracy", "--arms", "rl", "--stage-lengths", "1,2", "--rate-multiples", "1,5")
@@ -34,11 +34,20 @@ MAP = ("--measures", "accuracy", "--arms", "rl", "--stage-lengths", "1,2", "--ra
 def test_a_cell_is_its_arm_with_another_length_and_rate():
     """All else stays: batch, rates of the body, what stage 1 trains."""
     config = Config(rl_steps=9, classifier_steps=4, lr=1e-3, stage_lengths="2,4", rate_multiples="1,2.5", arms="rl")
-    frozen, control = config.rl("cf-rl-4x2.5"), config.rl("rl-classifier-lr-4x2.5")
-    assert frozen == RLConfig(steps=9, classifier_steps=4, lr=1e-3, classifier_lr=2.5e-3)
-    assert control == RLConfig(steps=9, classifier_steps=4, lr=1e-3, classifier_lr=2.5e-3, stage_1="all")
-    cells = [f"{arm}-{k}x{m}" for arm in ("cf-rl", "rl-classifier-lr") for k in (2, 4) for m in ("1", "2.5")]
-    assert config.arm_list == ["rl", *cells, "rl-classifier-lr-9x1", "rl-classifier-lr-9x2.5"]
+    frozen, control = config.rl("cf-rl-4x2.5"), config.rl("control-4x2.5")
+    assert frozen == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3))
+    assert control == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3, trains="all"))
+    assert config.rl("classifier-last-4x2.5") == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3)[::-1])
+    assert config.rl("body-first-9x2.5") == RLConfig((Stage(9, "body", 1e-3, 2.5e-3),))
+    cells = [f"{arm}-{k}x{m}" for arm in ("cf-rl", "control") for k in (2, 4) for m in ("1", "2.5")]
+    assert config.arm_list == ["rl", *cells, "control-9x1", "control-9x2.5"]
+
+
+@pytest.mark.parametrize("multiple", [1e-7, 0.25, 1.0, 20.0, 1e6])
+def test_a_cell_s_name_holds_any_multiple(multiple):
+    config = Config(stage_lengths="2", rate_multiples=str(multiple), arms="rl", lr=1e-3)
+    for arm in config.arm_list[1:]:
+        assert config.stages(arm)[0].classifier_lr == pytest.approx(multiple * 1e-3)
 
 
 def test_the_control_of_the_whole_run_at_plain_rl_s_own_rate_is_plain_rl():
@@ -46,21 +55,25 @@ def test_the_control_of_the_whole_run_at_plain_rl_s_own_rate_is_plain_rl():
     task, config = Addition(1), Config(digits=1, rl_steps=3, classifier_steps=1, prompts=4, samples=4)
     start = GPT(GPTConfig(task.vocab_size, task.block_size, n_embd=16), generator(0, "init"))
     weights = {}
-    for arm in ("rl", "rl-classifier-lr-3x1", "rl-classifier-lr-3x5"):
+    for arm in ("rl", "control-3x1", "control-3x5"):
         model = copy.deepcopy(start)
         flipped = dataclasses.replace(config.rl(arm), reward=coin_flips)  # an untrained policy is never right
         list(train_rl(model, task, flipped, generator(0, "rl")))
         weights[arm] = torch.cat([p.flatten() for p in model.parameters()])
-    assert torch.equal(weights["rl"], weights["rl-classifier-lr-3x1"])
-    assert not torch.equal(weights["rl"], weights["rl-classifier-lr-3x5"])
+    assert torch.equal(weights["rl"], weights["control-3x1"])
+    assert not torch.equal(weights["rl"], weights["control-3x5"])
 
 
 def test_a_cut_map_goes_on_with_what_is_missing(tmp_path, capsys):
     assert run(tmp_path, *MAP) == 0
     printed = capsys.readouterr().out
     whole, kept = rows_of(tmp_path), (tmp_path / "cf-rl-1x5-seed0.pt").stat().st_mtime_ns
-    assert "K" in printed and "cf-rl minus its control" in printed and len({row["arm"] for row in whole}) == 1 + 1 + 10
-    (tmp_path / "rl-classifier-lr-2x5-seed0.pt").unlink()
+    assert (
+        "n" in printed.split()
+        and "cf-rl minus its control" in printed
+        and len({row["arm"] for row in whole}) == 1 + 1 + 10
+    )
+    (tmp_path / "control-2x5-seed0.pt").unlink()
     (tmp_path / "metrics.csv").unlink()
     assert run(tmp_path, *MAP) == 0
     assert rows_of(tmp_path) == whole and (tmp_path / "cf-rl-1x5-seed0.pt").stat().st_mtime_ns == kept
@@ -80,7 +93,10 @@ def test_a_cut_map_goes_on_with_what_is_missing(tmp_path, capsys):
         (["--stage-lengths", "99", "--rate-multiples", "1"], "99"),
         (["--stage-lengths", "2,2", "--rate-multiples", "1"], "'cf-rl-2x1' is there twice"),
         (["--arms", "cf-rl-2xfast"], "'cf-rl-2xfast'"),
-        (["--arms", "rl-2x1"], "'rl-2x1'"),
+        (["--arms", "cf-rl-2x1.2.3"], "'cf-rl-2x1.2.3' is not one of"),
+        (["--arms", "cf-rl-2x1e400"], "classifier_lr must be finite"),
+        (["--arms", "sarsa-2x1"], "'sarsa-2x1' is not one of"),
+        (["--arms", "classifier-last-99x1"], "99"),
     ],
 )
 def test_a_map_that_cannot_be_is_refused_before_any_work(flags, named, tmp_path, capsys):
@@ -99,7 +115,7 @@ def made_up(gap, in_stage_1=0.0, seeds=10):
     summary = {}
     for arm in config.arm_list:
         frozen = arm.startswith("cf-rl")
-        own = [gap(arm.partition("rl-")[2], seed) if frozen else 0.0 for seed in range(seeds)]
+        own = [gap(arm.removeprefix("cf-rl-"), seed) if frozen else 0.0 for seed in range(seeds)]
         curve = [0.0, in_stage_1 if frozen else 0.0, 0.5, 0.6, 0.7]
         curves = {"step": [[0, 2, 4, 6, 8]] * seeds, "accuracy": [curve] * seeds}
         summary[arm] = {"seed": list(range(seeds)), "curves": curves}
@@ -112,8 +128,8 @@ def test_the_map_pairs_a_cell_with_its_own_control():
     there: then the others are compared."""
     config, summary = made_up(lambda cell, seed: {"2x1": 0.1, "2x5": 0.2, "4x1": -0.3, "4x5": 0.0}[cell] + seed / 1e4)
     for name in ("seed", "accuracy_over_the_run"):
-        del summary["rl-classifier-lr-4x5"][name][3]
-    assert map_table(config, summary) == [["K", "1x", "5x"], ["2", "+0.100*", "+0.200*"], ["4", "-0.300*", "+0.000="]]
+        del summary["control-4x5"][name][3]
+    assert map_table(config, summary) == [["n", "1x", "5x"], ["2", "+0.100*", "+0.200*"], ["4", "-0.300*", "+0.000="]]
     assert len(differences(config, summary)[4, 5.0]) == 9
     assert counts(config, summary) == {"more": 2, "less": 1, "equal": 1, "undecided": 0}
     del summary["cf-rl-2x1"]
@@ -141,7 +157,7 @@ def test_a_tuned_arm_is_chosen_on_the_map_and_shown_on_other_seeds():
     """`cf-rl-4x5` is best on the map and worst again: it is chosen, and what it does again is said."""
     config, summary = made_up(lambda cell, seed: 0.5 if cell == "4x5" else 0.0)
     best = tuned(config, summary)
-    assert best["cf-rl"] == "cf-rl-4x5" and best["cf-rl's own control"] == "rl-classifier-lr-4x5" and best["rl"] == "rl"
+    assert best["cf-rl"] == "cf-rl-4x5" and best["cf-rl's own control"] == "control-4x5" and best["rl"] == "rl"
     _, again = made_up(lambda cell, seed: -0.1 if cell == "4x5" else 0.0)
     gaps = tuned_gaps(best, again)
     assert gaps["cf-rl", "rl"] == gaps["cf-rl", "cf-rl's own control"] == pytest.approx([-0.1] * 10)

@@ -249,7 +249,7 @@ def test_shares_are_read_at_the_end_of_the_prompt(seed):
     shares, _ = pattern_rates(model, task, pairs, generator(seed))
     for row, pair in zip(shares, pairs.tolist(), strict=True):
         probabilities = model(torch.tensor([task.encode(task.prompt(*pair))]))[0, -1].softmax(dim=-1)
-        torch.testing.assert_close(row, probabilities[task.encode("DSG")], rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(row, probabilities[task.encode("dsg")], rtol=0, atol=ROUNDING)
 
 
 @given(seed=seeds)

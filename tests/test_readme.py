@@ -79,7 +79,7 @@ def test_the_smallest_row_of_the_results_comes_out_again():
     finally:
         torch.set_default_dtype(torch.float64)
     _, summary = load_results()[0]["lp-ft"]
-    for name, tolerance in (("accuracy", 0.1), ("classifier_norm", 0.0), ("feature_change", 0.05), ("share_S", 0.02)):
+    for name, tolerance in (("accuracy", 0.1), ("classifier_norm", 0.0), ("feature_change", 0.05), ("share_s", 0.02)):
         low, high = min(summary["ft"][name]), max(summary["ft"][name])
         assert low - (high - low) - tolerance <= row[name] <= high + (high - low) + tolerance
 
@@ -105,4 +105,4 @@ def test_the_results_are_the_experiments_with_their_defaults():
     assert experiments == {name: config for name, (config, _) in results.items()}
     config, _ = results["confidence"]
     assert config == Config(seeds=config.seeds, arms=config.arms)
-    assert minicfrl.RLConfig(classifier_steps=config.classifier_steps) == config.rl("cf-rl")
+    assert minicfrl.RLConfig() == config.rl("cf-rl")

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tqdm import tqdm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 with warnings.catch_warnings():
@@ -18,7 +19,8 @@ from tiny_runs import rows_without_seconds  # noqa: E402
 from experiments import real_model  # noqa: E402
 from experiments.arms import coin_flips  # noqa: E402
 from experiments.real_model import CausalLM, RealConfig, Sums, load, success  # noqa: E402
-from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
+from experiments.runs import Watch  # noqa: E402
+from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
 from model import token_logp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,7 +89,7 @@ def test_a_batch_without_advantage_has_a_gradient_of_zeros():
 def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
     """By the book's own train_rl. Tied, the copy moves and the embedding stays, bit for bit; then all moves."""
     model = policy(tie_word_embeddings=tied)
-    config = RLConfig(steps=2, classifier_steps=1, prompts=2, samples=4, reward=coin_flips)
+    config = RLConfig(two_stages(2, 1), prompts=2, samples=4, reward=coin_flips)
     updates, seen = train_rl(model, TASK, config, generator(3)), []
     for _ in range(3):
         seen.append([p.detach().clone() for p in (*model.body.parameters(), model.classifier.weight)])
@@ -145,7 +147,7 @@ def run(out, *flags):
 def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
     """With coin flips for rewards, since a random model is never right: the changes add up, stage 1 moves nothing
     through the body, and the same command makes what is missing, to the letter."""
-    flags = ("--arms", "random-reward,cf-rl,rl-classifier-lr,cf-rl-same-lr,classifier-only")
+    flags = ("--arms", "random-reward,cf-rl,control,cf-rl-same-lr,classifier-only")
     assert run(tmp_path, *flags) == 0
     rows = rows_without_seconds(tmp_path / "metrics.csv")
     assert len(rows) == 1 + 5 * 3 and "over the run" in capsys.readouterr().out
@@ -163,17 +165,14 @@ def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(t
 
 def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
     """The column is exactly 0 there, and not afterwards."""
-    config, bar = RealConfig(**real_model.QUICK | {"rl_steps": 2, "arms": "random-reward"}), None
-
-    class Bar:
-        reset = update = set_postfix_str = lambda self, *_, **__: None
-
+    config = RealConfig(**real_model.QUICK | {"rl_steps": 2, "arms": "random-reward"})
     (tmp_path / "parts").mkdir()
     model, task = load(config)
-    look = real_model.Look(config, tmp_path, 0, "cf-rl", model, task, bar or Bar())
-    rl = RLConfig(steps=2, classifier_steps=1, prompts=2, samples=4, reward=coin_flips)
+    view = real_model.RealView(config, 0, task, model)
+    watch = Watch(config, tmp_path, 0, "cf-rl", view, tqdm(disable=True))
+    rl = RLConfig(two_stages(2, 1), prompts=2, samples=4, reward=coin_flips)
     for record in train_rl(model, task, rl, generator(0)):
-        look(record)
+        watch.look(record)
     first, second = rows_without_seconds(tmp_path / "parts" / "cf-rl-seed0.csv")
     assert float(first["entropy_by_body"]) == float(first["feature_change"]) == 0 != float(first["entropy_by_W"])
     assert float(second["entropy_by_body"]) != 0 != float(second["feature_change"])

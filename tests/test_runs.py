@@ -32,7 +32,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
         "parts",
     }
     rows = rows_without_seconds(finished / "metrics.csv")
-    arms = [(arm, step) for arm in ("cf-rl", "rl-classifier-lr", "rl") for step in ("2", "4")]  # by file name
+    arms = [(arm, step) for arm in ("cf-rl", "control", "rl") for step in ("2", "4")]  # by file name
     assert [(row["arm"], row["step"]) for row in rows] == [*arms, ("sft", "0")]
     tokens = [int(row["tokens"]) for row in rows[:2]]
     assert tokens[0] < tokens[1] and tokens[1] > 8 * 4 * 7  # so far: more than one update of 32 responses can hold
@@ -177,7 +177,8 @@ class DeadlyPath(type(Path())):
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     """Instead of waiting for it for ever."""
-    (complaint,) = runs.run(Config(arms="rl", seeds=2), DeadlyPath(tmp_path), 2, train_toy.train)
+    with runs.jobs(Config(seeds=2), DeadlyPath(tmp_path), 2) as do:
+        (complaint,) = do(train_toy.train_arm, ["rl"])
     assert "a worker process died" in complaint
 
 
@@ -232,7 +233,7 @@ def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, lon
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
     rows = rows_without_seconds(out / "metrics.csv")
-    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_G"] for row in rows)
+    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_g"] for row in rows)
 
 
 @POSIX
@@ -302,7 +303,7 @@ def test_rows_of_a_seed_that_no_float_can_hold_are_whole(tmp_path):
     assert len(runs.read_rows(Config(seed=seed), tmp_path, "sft", seed)) == 1
 
 
-@pytest.mark.parametrize("name", ["accuracy", "entropy", "share_D"])
+@pytest.mark.parametrize("name", ["accuracy", "entropy", "share_d"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e9])
 def test_a_number_that_cannot_be_is_damage(name, value, tmp_path):
     row = dict.fromkeys(runs.NEVER_NAN, 0.5) | {"arm": "sft", "seed": 0, "step": 0, name: value}

@@ -11,7 +11,7 @@ from tiny import generator, seeds
 from minicfrl import Addition
 
 TASKS = {digits: Addition(digits) for digits in (1, 2, 3)}
-ALPHABET = "0123456789+=;DSG"
+ALPHABET = "0123456789+=;dsg"
 digit_counts = st.sampled_from([1, 2, 3])
 
 
@@ -47,16 +47,16 @@ def test_a_token_that_is_no_character_is_refused_by_number(token):
 def right_answer(digits, a, b, response):
     """The verifier's specification as one regular expression, written without looking at its code."""
     total = str(a + b).zfill(digits + 1)
-    return re.fullmatch(f"[DG]{total}|S[^;]*;{total}", response, re.DOTALL) is not None
+    return re.fullmatch(f"[dg]{total}|s[^;]*;{total}", response, re.DOTALL) is not None
 
 
 @given(data=st.data(), task_a_b=sums())
 def test_the_verifier_agrees_with_the_specification(data, task_a_b):
     """Arbitrary texts of the alphabet, and near misses: a right response with one character replaced or dropped."""
     task, a, b = task_a_b
-    pattern = data.draw(st.sampled_from("DSG"))
+    pattern = data.draw(st.sampled_from("dsg"))
     right = f"{a + b:0{task.digits + 1}d}"
-    response = pattern + (data.draw(st.text("0123456789")) + ";" if pattern == "S" else "") + right
+    response = pattern + (data.draw(st.text("0123456789")) + ";" if pattern == "s" else "") + right
     cut = data.draw(st.integers(0, len(response) - 1))
     near = response[:cut] + data.draw(st.text(ALPHABET, max_size=1)) + response[cut + 1 :]
     for text in (response, near, data.draw(st.text(ALPHABET)), data.draw(st.text())):
@@ -65,12 +65,12 @@ def test_the_verifier_agrees_with_the_specification(data, task_a_b):
 
 
 def test_the_answer_is_what_the_scratch_leads_to_not_the_scratch():
-    """Other columns, or another pattern, and the same answer; without exactly one `;` there is none in S."""
-    same = ("S1213;132", "S;132", "S999999;132", "D132", "G132")
+    """Other columns, or another pattern, and the same answer; without exactly one `;` there is none in s."""
+    same = ("s1213;132", "s;132", "s999999;132", "d132", "g132")
     assert {TASKS[2].answer(response) for response in same} == {"132"}
-    for response in ("", ";132", "132", "S", "S132", "S1;2;132", "S;132;", "d132"):
+    for response in ("", ";132", "132", "s", "s132", "s1;2;132", "s;132;", "D132"):
         assert TASKS[2].answer(response) is None
-    assert [TASKS[2].answer(response) for response in ("D", "S12;", "G1;2", "DD132")] == ["", "", "1;2", "D132"]
+    assert [TASKS[2].answer(response) for response in ("d", "s12;", "g1;2", "dd132")] == ["", "", "1;2", "d132"]
 
 
 @given(task_a_b=sums(), seed=seeds)
@@ -78,17 +78,17 @@ def test_scratch_is_right_always_and_direct_where_nothing_carries(task_a_b, seed
     task, a, b = task_a_b
     prompt = task.prompt(a, b)
     carries = any(a // 10**i % 10 + b // 10**i % 10 > 9 for i in range(task.digits))
-    assert task.verify(prompt, task.demonstration(a, b, "S")) == 1.0
-    assert task.verify(prompt, task.demonstration(a, b, "D")) == float(not carries)
-    assert re.fullmatch(f"G[0-9]{{{task.digits + 1}}}", task.demonstration(a, b, "G", generator=generator(seed)))
+    assert task.verify(prompt, task.demonstration(a, b, "s")) == 1.0
+    assert task.verify(prompt, task.demonstration(a, b, "d")) == float(not carries)
+    assert re.fullmatch(f"g[0-9]{{{task.digits + 1}}}", task.demonstration(a, b, "g", generator=generator(seed)))
 
 
 @given(task_a_b=sums(), seed=seeds)
 def test_a_noisy_scratch_answers_what_its_columns_say_and_every_column_can_be_wrong(task_a_b, seed):
     """With noise 1 every column's digit is wrong; the answer is the last carry and the digits, last column first."""
     task, a, b = task_a_b
-    clean = task.demonstration(a, b, "S")
-    noisy = task.demonstration(a, b, "S", noise=1.0, generator=generator(seed))
+    clean = task.demonstration(a, b, "s")
+    noisy = task.demonstration(a, b, "s", noise=1.0, generator=generator(seed))
     scratch, answer = noisy[1:].split(";")
     assert answer == scratch[-2] + scratch[1::2][::-1]
     assert all(x != y for x, y in zip(clean[2 : 2 * task.digits + 2 : 2], scratch[1::2], strict=True))
@@ -97,8 +97,8 @@ def test_a_noisy_scratch_answers_what_its_columns_say_and_every_column_can_be_wr
 def test_noise_is_a_probability_per_column():
     """4,000 columns at noise 0.1: 400 wrong on average, standard deviation 19; five of those either way."""
     task, draws = TASKS[2], generator(0)
-    clean = task.demonstration(12, 34, "S")
-    noisy = [task.demonstration(12, 34, "S", noise=0.1, generator=draws) for _ in range(2000)]
+    clean = task.demonstration(12, 34, "s")
+    noisy = [task.demonstration(12, 34, "s", noise=0.1, generator=draws) for _ in range(2000)]
     wrong = sum(text[2] != clean[2] for text in noisy) + sum(text[4] != clean[4] for text in noisy)
     assert abs(wrong - 400) < 95
 
@@ -109,13 +109,13 @@ def test_prompts_are_padded_and_read_back(task_a_b):
     prompt = task.prompt(a, b)
     assert re.fullmatch(rf"\d{{{task.digits}}}\+\d{{{task.digits}}}=", prompt)
     assert task.operands(prompt) == (a, b)
-    assert len(prompt) + len(task.demonstration(a, b, "S")) + 1 == task.block_size
+    assert len(prompt) + len(task.demonstration(a, b, "s")) + 1 == task.block_size
 
 
 @pytest.mark.parametrize("prompt", ["", "1+2=", "12+34", "12+34==", "12-34=", "012+34=", "12+34=\n", "١٢+34="])
 def test_a_text_that_is_no_prompt_is_refused(prompt):
     with pytest.raises(ValueError, match=re.escape(repr(prompt))):
-        TASKS[2].verify(prompt, "D046")
+        TASKS[2].verify(prompt, "d046")
 
 
 @pytest.mark.parametrize("digits", TASKS)
@@ -153,12 +153,12 @@ def test_bad_arguments_are_refused_by_value():
     with pytest.raises(ValueError, match="operand 100 is not a whole number of 1 to 2 digits"):
         task.prompt(100, 1)
     with pytest.raises(ValueError, match="operand -1"):
-        task.demonstration(3, -1, "D")
+        task.demonstration(3, -1, "d")
     with pytest.raises(ValueError, match="operand '47' is not"):
         task.prompt("47", 1)
     with pytest.raises(ValueError, match="noise must lie between 0 and 1, not 2"):
-        task.demonstration(1, 2, "S", noise=2)
+        task.demonstration(1, 2, "s", noise=2)
     with pytest.raises(ValueError, match="token 1.0 stands for no character"):
         task.decode([1.0])
-    with pytest.raises(ValueError, match="pattern 'X' is not one of DSG"):
+    with pytest.raises(ValueError, match="pattern 'X' is not one of dsg"):
         task.demonstration(1, 2, "X")

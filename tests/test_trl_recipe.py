@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 from tiny import generator, tiny_gpt
 
-from minicfrl import Addition, RLConfig, policy_gradient_loss, sequence_logp
+from minicfrl import Addition, RLConfig, Stage, policy_gradient_loss, sequence_logp
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
@@ -507,7 +507,7 @@ class WordyAddition(Addition):
 def test_trl_s_gradient_is_that_of_the_toy_s_loss(tmp_path):
     """(E3) on the responses that TRL sampled, with its own advantages (E2): the sample's std, plus 1e-4. 1e-4 of the
     largest gradient: float32, and another order of additions."""
-    task, rl, theirs = WordyAddition(), RLConfig(steps=1, prompts=4, samples=4), {}
+    task, rl, theirs = WordyAddition(), RLConfig((Stage(1),), prompts=4, samples=4), {}
     gpt = tiny_gpt(0, task.vocab_size, task.block_size)
     hf = to_transformers(gpt)
 

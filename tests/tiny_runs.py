@@ -11,7 +11,7 @@ import train_toy
 ROOT = Path(__file__).parent.parent
 TINY = "--workers 1 --digits 1 --sft-steps 40 --rl-steps 4 --classifier-steps 2 --prompts 8 --samples 4".split()
 TINY += "--eval-every 2 --eval-prompts 2 --final-prompts 3".split()
-DEFAULT_ARMS = ["rl", "cf-rl", "rl-classifier-lr"]
+DEFAULT_ARMS = ["rl", "cf-rl", "control"]
 
 
 def run(out, *flags):

@@ -72,20 +72,23 @@ def from_transformers(hf, gpt):
 
 
 def trl_trainer(hf, task, rl, draws, out, callbacks, tokenizer=None, **changes):
-    """A GRPOTrainer that does what train_rl does with an RLConfig of Adam and the verifier, as closely as TRL can:
-    its loss "dapo" is (E3). What differs: advantages are divided by the sample std + 1e-4 instead of the population
-    std, and random numbers are others. Without a tokenizer, for the toy, one token is one character."""
+    """A GRPOTrainer that does what train_rl does in two_stages by Adam with the verifier, as closely as TRL can: its
+    loss "dapo" is (E3). What differs: advantages are divided by the sample std + 1e-4 instead of the population std,
+    and random numbers are others. Without a tokenizer, for the toy, one token is one character."""
     tokenizer = tokenizer or character_tokenizer(task.alphabet, task.end_token)
+    steps, first = sum(stage.steps for stage in rl.stages), rl.stages[0]
+    classifier_steps = first.steps if first.trains == "classifier" else 0
+    classifier_lr = first.lr if first.classifier_lr is None else first.classifier_lr
 
     def reward(prompts, completion_ids, **_):
         ended = [ids[-1] == task.end_token for ids in completion_ids]
         texts = [task.decode(ids[: len(ids) - end]) for ids, end in zip(completion_ids, ended, strict=True)]
         return [task.verify(*pair) * end for *pair, end in zip(prompts, texts, ended, strict=True)]
 
-    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (rl.steps * rl.prompts,), generator=draws)]
+    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (steps * rl.prompts,), generator=draws)]
     config = GRPOConfig(
         str(out),
-        max_steps=rl.steps,
+        max_steps=steps,
         per_device_train_batch_size=rl.prompts * rl.samples,
         num_generations=rl.samples,
         scale_rewards="group" if rl.baseline == "std" else "none",
@@ -100,8 +103,8 @@ def trl_trainer(hf, task, rl, draws, out, callbacks, tokenizer=None, **changes):
         args=config,
         train_dataset=Dataset.from_list([{"prompt": task.prompt(a, b)} for a, b in pairs.tolist()]),
         processing_class=tokenizer,
-        callbacks=[ClassifierFirst(rl.classifier_steps), *callbacks],
-        optimizers=two_rates(hf, rl.classifier_steps, rl.lr, rl.classifier_lr),
+        callbacks=[ClassifierFirst(classifier_steps), *callbacks],
+        optimizers=two_rates(hf, classifier_steps, first.lr, classifier_lr),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -319,11 +319,14 @@ def test_an_optimiser_that_cannot_start_afresh_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
 def test_a_tied_model_trains_once_untied_as_the_refusal_says(kind, tmp_path):
-    """And stays untied in a checkpoint."""
+    """And stays untied in a checkpoint, also in one of before the two differ."""
     model = tiny(kind, tied=True)
     with pytest.raises(ValueError) as refusal:
         trained(model, tmp_path)
     exec(str(refusal.value).partition("to untie them: ")[2], {"model": model, "torch": torch})
+    model.save_pretrained(tmp_path / "start")
+    start = type(model).from_pretrained(tmp_path / "start")
+    assert start.get_output_embeddings().weight is not start.get_input_embeddings().weight
     assert trained(model, tmp_path, save_strategy="steps", save_steps=5).moved() == STAGES
     back = type(model).from_pretrained(tmp_path / "checkpoint-5")
     assert all(same(*pair) for pair in zip(halves(back), halves(model), strict=True))

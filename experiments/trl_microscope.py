@@ -29,7 +29,10 @@ class Microscope(TrainerCallback):
         check_counts(every=every)
         if tokens.shape != mask.shape or mask.dtype != torch.bool or not mask.any():
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} selects no state of tokens {tuple(tokens.shape)}")
-        if attention_mask is not None:  # padding goes to the right, where no state sees it, whatever the model
+        if attention_mask is not None:
+            if attention_mask.shape != tokens.shape or (mask & (attention_mask == 0)).any():
+                raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not cover the states of mask")
+            # Padding goes to the right, where no state sees it, whatever the model does about positions.
             order = attention_mask.argsort(dim=1, descending=True, stable=True)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
         elif getattr(trainer.processing_class, "pad_token_id", None) in tokens[:, 0].tolist():
@@ -65,11 +68,9 @@ class Microscope(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         check_linear(model, self.passed)
-        self.before = phi, W = self.look()
-        if torch.finfo(phi.dtype).bits < 32:  # only sharded weights are still that coarse
-            raise ValueError(
-                f"the weights of {type(model).__name__} are sharded and in {phi.dtype}: load them in float32"
-            )
+        self.before = phi, _ = self.look()
+        if torch.finfo(phi.dtype).bits < 32:  # sharded weights have not been widened
+            raise ValueError(f"{type(model).__name__} is sharded in {phi.dtype}, too coarse to look at: use float32")
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:

@@ -335,6 +335,8 @@ MUTANTS = [
     ("experiments/trl_microscope.py", "if x.dtype in coarse and", "if False and", "test_trl_microscope"),
     ("experiments/trl_microscope.py", "attention_mask.argsort(dim=1, descending=True, stable=True)", "attention_mask.argsort(dim=1, stable=True)", "test_trl_microscope"),
     ("experiments/trl_microscope.py", "elif getattr(trainer.processing_class, \"pad_token_id\", None) in tokens[:, 0].tolist():", "elif False:", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "if attention_mask.shape != tokens.shape or (mask & (attention_mask == 0)).any():", "if attention_mask.shape != tokens.shape:", "test_trl_microscope"),
+    ("experiments/trl_microscope.py", "if torch.finfo(phi.dtype).bits < 32:", "if False:", "test_trl_microscope"),
     ("experiments/runs.py", "in_range = all(", "in_range = True or all(", "test_runs"),
     ("experiments/runs.py", "== expected\n", "is not None\n", "test_fuzz"),
     ("experiments/runs.py", "odd = sorted(names ^ known)", "odd = []", "test_runs"),

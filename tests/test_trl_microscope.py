@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_bridge import character_tokenizer  # noqa: E402
 
+from experiments import trl_microscope  # noqa: E402
 from experiments.trl_microscope import Microscope  # noqa: E402
 from experiments.trl_recipe import ClassifierFirst, two_rates  # noqa: E402
 from model import confidence, entropy  # noqa: E402
@@ -182,6 +183,16 @@ def test_padding_on_the_left_changes_nothing(kind):
     with pytest.raises(ValueError, match="tokens begin with the padding token: give their attention_mask"):
         Microscope(trainer, padded, mask)
     Microscope(trainer, padded, mask, attention_mask=torch.ones_like(padded)).look()  # it may be a word as well
+    for wrong in (attended[0], attended.flip(1)):
+        with pytest.raises(ValueError, match="does not cover the states of mask"):
+            Microscope(trainer, padded, mask, attention_mask=wrong)
+
+
+def test_weights_too_coarse_to_look_at_are_refused(monkeypatch, tmp_path):
+    """As if they were sharded, which is when nothing widens them."""
+    monkeypatch.setattr(trl_microscope, "DTensor", torch.Tensor)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is sharded in torch.bfloat16, too coarse to look at"):
+        run(made("llama").bfloat16(), tmp_path)
 
 
 def test_a_resumed_run_logs_the_same_rows(tmp_path):

@@ -194,6 +194,19 @@ def test_a_run_resumed_in_either_stage_ends_with_the_same_bits(kind, tmp_path):
         assert resumed.moved() == STAGES[step:]
 
 
+@pytest.mark.parametrize("reused", [dict(num_iterations=2), dict(steps_per_generation=2)])
+def test_resuming_is_exact_where_new_responses_are_due(reused, tmp_path):
+    """Each of two batches of responses serves two updates, and a checkpoint between these does not hold it."""
+
+    def run(out, **changes):
+        return trained(tiny("gpt2"), tmp_path / out, steps=4, save_strategy="steps", save_steps=1, **reused, **changes)
+
+    whole = run("whole")
+    resumed = [run(f"from-{k}", resume=str(tmp_path / "whole" / f"checkpoint-{k}")) for k in (1, 2, 3)]
+    exact = [all(same(*pair) for pair in zip(each.seen[-1], whole.seen[-1], strict=True)) for each in resumed]
+    assert exact == [False, True, False]
+
+
 class Cut(TrainerCallback):
     """Ends the run within an update, gradients in hand; nothing is tidied up."""
 
@@ -319,11 +332,14 @@ def test_an_optimiser_that_cannot_start_afresh_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
 def test_a_tied_model_trains_once_untied_as_the_refusal_says(kind, tmp_path):
-    """And stays untied in a checkpoint."""
+    """And stays untied in a checkpoint, also in one of before the two differ."""
     model = tiny(kind, tied=True)
     with pytest.raises(ValueError) as refusal:
         trained(model, tmp_path)
     exec(str(refusal.value).partition("to untie them: ")[2], {"model": model, "torch": torch})
+    model.save_pretrained(tmp_path / "start")
+    start = type(model).from_pretrained(tmp_path / "start")
+    assert start.get_output_embeddings().weight is not start.get_input_embeddings().weight
     assert trained(model, tmp_path, save_strategy="steps", save_steps=5).moved() == STAGES
     back = type(model).from_pretrained(tmp_path / "checkpoint-5")
     assert all(same(*pair) for pair in zip(halves(back), halves(model), strict=True))

@@ -43,7 +43,7 @@ def test_the_readme_is_a_page_and_the_book_is_short():
     """Limits that this project has set itself: lines of the README, and of the code that a reader is asked to read."""
     assert README.count("\n") <= 220
     counts = [int(n) for n in re.findall(r"(?:are|py) (\d+)", README[README.index("The four files are") :])][:5]
-    assert counts[0] == sum(counts[1:]) <= 800 and counts[4] <= 200
+    assert counts[0] == sum(counts[1:]) <= 700 and counts[4] <= 80
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "tests" / "README.md", ROOT / "experiments" / "README.md"])

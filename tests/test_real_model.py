@@ -130,13 +130,17 @@ def test_the_task_holds_out_a_tenth_and_knows_a_right_response():
     assert not any(TASK.verify(TASK.prompt(47, 6), wrong) for wrong in ("", "5", "533", "53 ", "47", "+53"))
 
 
-def test_a_tokenizer_that_merges_digits_is_refused():
-    merged = ["47", *ALPHABET]
-
-    def encode(text):
-        return [merged.index("47")] * text.count("47") + [merged.index(c) for c in text.replace("47", "")]
-
-    with pytest.raises(ValueError, match="the tokenizer merges characters"):
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: [0] * text.count("47") + [ALPHABET.index(c) + 1 for c in text.replace("47", "")],
+        lambda text: [0, *(ALPHABET.index(c) + 1 for c in text)],
+        lambda text: [ALPHABET.index(c) for c in text if c != "\n"],
+    ],
+    ids=["merges", "puts a prefix before", "drops the newline"],
+)
+def test_a_tokenizer_that_has_no_token_for_each_character_is_refused(encode):
+    with pytest.raises(ValueError, match="the tokenizer does not write .* as a token for each character"):
         Sums(encode, None)
 
 
@@ -203,7 +207,7 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, 
     assert "'warp'" in refused(capsys, "--quick", "--device", "warp", "--out", out)
     assert "not one of" in refused(capsys, "--quick", "--arms", "ppo", "--out", out)
     lm = KINDS["llama"]()
-    lm.config.vocab_size, needs = 10**9, RealConfig(prompts=32)
+    lm.get_output_embeddings().out_features, needs = 10**9, RealConfig(prompts=32)
     with pytest.raises(ValueError, match=r"2 workers need about \d+\.\d GB of memory, and \d+\.\d are free"):
         real_model.check_memory(needs, lm, TASK, 2)
     assert real_model.check_memory(RealConfig(prompts=2), KINDS["llama"](), TASK, 1) is None
@@ -242,16 +246,32 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(harm, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["scaled", "biased"])
+@pytest.mark.parametrize("kind", ["scaled", "biased", "soft-capped"])
 def test_a_model_whose_logits_are_not_W_phi_is_refused(kind, tmp_path, capsys):
-    """Granite divides its logits by a constant; Phi's classifier has a bias."""
+    """Granite divides its logits by a constant; Phi's classifier has a bias; Gemma 2 caps its logits, which these small
+    ones do not feel."""
     small = SIZES | {"vocab_size": 32}
+    heads = {"head_dim": 8, "num_key_value_heads": 1}
     made = {
         "scaled": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(logits_scaling=8.0, **small)),
         "biased": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**small)),
+        "soft-capped": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small, **heads)),
     }
     folder = saved(made[kind](), tmp_path / "model")
-    assert "cannot be cut off and untied" in refused(capsys, "--model", folder, "--out", tmp_path / "run")
+    fault = "cannot be cut off and untied" if kind == "biased" else "ForCausalLM are not W phi: what leaves"
+    assert fault in refused(capsys, "--model", folder, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv", "RecurrentGemma", "OpenAIGPT"])
+def test_a_model_that_cannot_continue_a_prompt_from_its_keys_and_values_is_refused_by_name(kind):
+    """Recurrent ones, a hybrid, and one that keeps nothing."""
+    sizes = dict(vocab_size=13, n_embd=16, n_layer=2, n_head=2) if kind == "OpenAIGPT" else SIZES
+    model = "LMHeadModel" if kind == "OpenAIGPT" else "ForCausalLM"
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    lm = getattr(transformers, kind + model)(getattr(transformers, f"{kind}Config")(**sizes, **tokens))
+    with pytest.raises(ValueError, match=f"{kind}{model} cannot read a prompt once for all its responses") as refusal:
+        real_model.faithful(lm.eval(), TASK)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("every", [2, 5])

@@ -114,7 +114,7 @@ def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(cf_rl, control, said, cause):
-    """Each of its endings, from made-up accuracies over the run beside 0.5 for rl; never is more than all updates."""
+    """Each of its endings, from made-up accuracies over the run beside 0.5 for rl; one seed never gets there."""
     values = dict(zip(Config().arm_list, ([0.5] * len(cf_rl), cf_rl, control), strict=True))
     summary = {
         arm: {"seed": list(range(len(cf_rl))), tables.RUN: own, "updates_to_threshold": [12] * (len(own) - 1) + [None]}
@@ -125,10 +125,11 @@ def test_the_verdict_says_what_the_numbers_say(cf_rl, control, said, cause):
     words = [part.rpartition(": ")[2] for part in parts.split("; ")]
     assert len(words) == 3 and (len(cf_rl) == 1 or tuple(words) == said)
     gap = statistics.fmean(cf_rl) - statistics.fmean(control)
-    assert f"cf-rl minus its control {gap:+.3f}" in text
+    assert f"cf-rl minus control {gap:+.3f}" in text
     assert cause in text if cause else " So " not in text
     assert ("One seed decides nothing" in text) == (len(cf_rl) == 1)
-    took = "12, 12 and 12" if len(cf_rl) > 1 else "more, more and more"
-    assert f"Accuracy 0.9 took {took} of 80 updates." in text and "No verdict" in tables.verdict(Config(), {})
+    took = "rl after 12, cf-rl after 12, control after 12" if len(cf_rl) > 1 else "rl never, cf-rl never, control never"
+    assert f"Of 80 updates, accuracy 0.9 was reached: {took}." in text
+    assert "No verdict" in tables.verdict(Config(), {})
     summary["cf-rl"]["seed"] = [-1]
     assert "No verdict" in tables.verdict(Config(), summary)

@@ -63,6 +63,13 @@ def test_a_run_s_flags_reach_every_arm_that_does_not_change_them():
         assert (rl.prompts, rl.samples, rl.baseline, rl.kl) == (5, 3, "rloo", 1.0 if arm == "kl-1" else 0.2)
 
 
+@pytest.mark.parametrize("arm", ["rl", "rl-sgd", "ft", "classifier-last"])
+def test_a_stage_1_longer_than_the_run_is_refused_whatever_the_arm(arm):
+    """Also by an arm without a stage 1: what a run says of the others would be wrong."""
+    with pytest.raises(ValueError, match="classifier_steps=81 is not between 0 and steps=80"):
+        Config(arms=arm, classifier_steps=81)
+
+
 def test_the_classifier_alone_at_last_leaves_the_body_as_it_is_to_the_bit(monkeypatch):
     """Not in the stage before. By coin flips: an untrained policy is never right."""
     config = Config(digits=1, rl_steps=4, classifier_steps=2, prompts=4, samples=4, lr=1e-2)

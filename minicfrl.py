@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 
-from model import GPT, check_counts, check_tokens, entropy, residuals, sample, token_logp
+from model import GPT, check, check_counts, check_tokens, entropy, residuals, sample, token_logp
 
 # -------------------------------------------------------------------------------------------------- stages and settings
 
@@ -48,8 +48,8 @@ def two_stages(steps=80, classifier_steps=20, lr=4e-4, classifier_lr=8e-3, train
     trains="all" makes the **matched control**: the same rates, the same fresh optimiser, and nothing is frozen.
     classifier_steps=0 makes plain RL, of one stage. ValueError unless 0 <= classifier_steps <= steps.
     """
-    if type(classifier_steps) is not int or not 0 <= classifier_steps <= steps:
-        raise ValueError(f"classifier_steps={classifier_steps!r} is not between 0 and steps={steps}")
+    right = type(classifier_steps) is int and 0 <= classifier_steps <= steps
+    check(right, f"classifier_steps={classifier_steps!r} is not between 0 and steps={steps}")
     first = [Stage(classifier_steps, trains, lr, classifier_lr)] if classifier_steps else []
     return (*first, Stage(steps - classifier_steps, "all", lr)) if classifier_steps < steps else tuple(first)
 
@@ -230,8 +230,7 @@ def _optimizer(model, stage, kind, **settings):
     W, classifier_lr = model.classifier.weight, stage.lr if stage.classifier_lr is None else stage.classifier_lr
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     trained = [p for name, p in named if stage.trains == "all" or f"{name}.".startswith(f"{stage.trains}.")]
-    if not trained:
-        raise ValueError(f"trains={stage.trains!r} names no parameter of the model that can be trained")
+    check(trained, f"trains={stage.trains!r} names no parameter of the model that can be trained")
     groups = [{"params": [p for p in trained if p is W], "lr": classifier_lr}]
     groups += [{"params": [p for p in trained if p is not W], "lr": stage.lr}]
     return OPTIMIZERS[kind](groups, **settings)
@@ -303,10 +302,10 @@ class SFTConfig:
     def __post_init__(self):
         _check_stages(self.stages)
         check_counts(rows=self.rows)
-        if len(self.mixture) != len(Addition.patterns):
-            raise ValueError(f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
-        if not (0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf):
-            raise ValueError(f"noise={self.noise} or mixture={self.mixture} is out of range")
+        one_each = len(self.mixture) == len(Addition.patterns)
+        check(one_each, f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
+        in_range = 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
+        check(in_range, f"noise={self.noise} or mixture={self.mixture} is out of range")
 
 
 def _demonstrations(task, config, generator):
@@ -369,8 +368,7 @@ class Addition:
 
     def __init__(self, digits: int = 2):
         check_counts(digits=digits)
-        if digits > 3:
-            raise ValueError(f"digits must be 1, 2 or 3, not {digits}")
+        check(digits <= 3, f"digits must be 1, 2 or 3, not {digits}")
         self.digits = digits
         self.vocab_size = len(self.alphabet) + 1
         self.end_token = len(self.alphabet)
@@ -387,8 +385,8 @@ class Addition:
     def prompt(self, a: int, b: int) -> str:
         """The question as text, both operands zero-padded. ValueError for an operand out of range."""
         for operand in (a, b):
-            if not isinstance(operand, int) or not 0 <= operand < 10**self.digits:
-                raise ValueError(f"operand {operand!r} is not a whole number of 1 to {self.digits} digits")
+            right = isinstance(operand, int) and 0 <= operand < 10**self.digits
+            check(right, f"operand {operand!r} is not a whole number of 1 to {self.digits} digits")
         return f"{a:0{self.digits}d}+{b:0{self.digits}d}="
 
     def operands(self, prompt: str) -> tuple[int, int]:
@@ -402,16 +400,14 @@ class Addition:
         """A response in the given pattern. In s each column's digit is wrong with probability `noise`, and the answer
         repeats what the columns say. `generator` draws the noise and the digits of g. ValueError for a bad argument."""
         self.prompt(a, b)  # checks the operands
-        if not 0 <= noise <= 1:
-            raise ValueError(f"noise must lie between 0 and 1, not {noise}")
+        check(0 <= noise <= 1, f"noise must lie between 0 and 1, not {noise}")
         if pattern == "g":
             guess = torch.randint(10, (self.digits + 1,), generator=generator)
             return "g" + "".join(map(str, guess.tolist()))
         columns = [(a // 10**i % 10, b // 10**i % 10) for i in range(self.digits)]  # from the right
         if pattern == "d":
             return "d0" + "".join(str((x + y) % 10) for x, y in reversed(columns))
-        if pattern != "s":
-            raise ValueError(f"pattern {pattern!r} is not one of {self.patterns}")
+        check(pattern == "s", f"pattern {pattern!r} is not one of {self.patterns}")
         carry, scratch, answer = 0, "", ""
         for x, y in columns:
             carry, digit = divmod(x + y + carry, 10)
@@ -469,45 +465,42 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    check(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_rates(**rates):
     for name, value in rates.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, not {value}")
+        check(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
 
 
 def _check_stage(stage):
     check_counts(steps=stage.steps)
     _check_rates(lr=stage.lr, classifier_lr=stage.classifier_lr or 0.0)
-    if not isinstance(stage.trains, str) or not stage.trains:
-        raise ValueError(f"trains must be all, classifier or the beginning of names, not {stage.trains!r}")
+    named = isinstance(stage.trains, str) and stage.trains
+    check(named, f"trains must be all, classifier or the beginning of names, not {stage.trains!r}")
 
 
 def _check_stages(stages):
-    if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise ValueError(f"stages must be a tuple of Stage, at least one, not {stages!r}")
+    right = isinstance(stages, tuple) and stages and all(isinstance(stage, Stage) for stage in stages)
+    check(right, f"stages must be a tuple of Stage, at least one, not {stages!r}")
 
 
 def _check_rl(config):
     _check_stages(config.stages)
     check_counts(prompts=config.prompts, samples=config.samples)
     _check_rates(kl=config.kl)
-    if not callable(config.reward):
-        raise ValueError(f"reward must be a function of a rollout, not {config.reward!r}")
+    check(callable(config.reward), f"reward must be a function of a rollout, not {config.reward!r}")
     _check_choice("optimizer", config.optimizer, OPTIMIZERS)
     _check_choice("baseline", config.baseline, BASELINES)
-    if config.samples == 1 and config.baseline != "none":
-        raise ValueError(f"samples=1 leaves the baseline {config.baseline!r} no group to compare with")
+    grouped = config.samples > 1 or config.baseline == "none"
+    check(grouped, f"samples=1 leaves the baseline {config.baseline!r} no group to compare with")
 
 
 def _check_rewards(rewards, kind):
-    if rewards.ndim != 2 or rewards.size(1) == 0 or not rewards.is_floating_point():
-        raise ValueError(f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
-    if not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0].item()}")
+    right = rewards.ndim == 2 and rewards.size(1) > 0 and rewards.is_floating_point()
+    check(right, f"rewards must be (P, G) floats with G > 0, not {tuple(rewards.shape)} {rewards.dtype}")
+    for reward in rewards[~rewards.isfinite()].tolist():
+        raise ValueError(f"rewards must be finite, not {reward}")
     _check_choice("kind", kind, BASELINES)
 
 
@@ -515,9 +508,8 @@ def _count_tokens(count, mask, advantages, **others):
     """N of (E3): the `count` that is given, or the mask's tokens. ValueError if there are none, or for shapes."""
     shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
     right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
-    if not right or any(other.shape[:2] != mask.shape for other in others.values()):
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
+    right = right and all(other.shape[:2] == mask.shape for other in others.values())
+    check(right, f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
     count = int(mask.sum()) if count is None else count
-    if count < 1:
-        raise ValueError("mask selects no token")
+    check(count >= 1, "mask selects no token")
     return count

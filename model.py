@@ -20,11 +20,17 @@ import torch
 from torch import Tensor, nn
 
 
+def check(right: bool, fault: str):
+    """Raise ValueError, which says what is wrong, unless all is right."""
+    if not right:
+        raise ValueError(fault)
+
+
 def check_counts(**counts):
     """Raise ValueError, naming the culprit, unless every argument is a whole number of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        check(whole and value >= 1, f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,7 @@ class GPTConfig:
 
     def __post_init__(self):
         check_counts(**vars(self))
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
 
 
 class Attention(nn.Module):
@@ -96,8 +101,7 @@ class Body(nn.Module):
         """`cache` holds one list per block, empty at first; with it, `tokens` continues the tokens of earlier calls."""
         start = cache[0][0].size(2) if cache and cache[0] else 0
         end, block_size = start + tokens.size(1), self.position_embedding.num_embeddings
-        if end > block_size:
-            raise ValueError(f"{end} tokens are more than block_size={block_size}")
+        check(end <= block_size, f"{end} tokens are more than block_size={block_size}")
         x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]  # (B, T, d)
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, block_cache)
@@ -154,11 +158,10 @@ def residuals(logits: Tensor, actions: Tensor) -> Tensor:
 
 def check_tokens(model: GPT, tokens: Tensor):
     """Raise ValueError unless `tokens` is a (B, T) batch of whole numbers inside the model's vocabulary."""
-    if tokens.ndim != 2 or tokens.dtype != torch.long:
-        raise ValueError(f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype}")
-    outside = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
-    if len(outside):
-        raise ValueError(f"token {outside[0].item()} is outside the vocabulary of {model.config.vocab_size}")
+    right = tokens.ndim == 2 and tokens.dtype == torch.long
+    check(right, f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+    for token in tokens[(tokens < 0) | (tokens >= model.config.vocab_size)].tolist():
+        raise ValueError(f"token {token} is outside the vocabulary of {model.config.vocab_size}")
 
 
 @torch.no_grad()
@@ -181,8 +184,8 @@ def sample(
     """
     check_tokens(model, prompts)
     check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
-    if not 0 <= end_token < model.config.vocab_size:
-        raise ValueError(f"end token {end_token} is outside the vocabulary of {model.config.vocab_size}")
+    vocab_size = model.config.vocab_size
+    check(0 <= end_token < vocab_size, f"end token {end_token} is outside the vocabulary of {vocab_size}")
     cache = [[] for _ in model.body.blocks]
     logits = [model.classifier(model.body(prompts, cache)).repeat_interleave(samples, dim=0)]  # each prompt read once
     for keys_and_values in cache:

@@ -322,7 +322,7 @@ def do_jobs(pool, jobs):
             pass  # in short waits: on Windows a Ctrl-C gets in only between two
         return [complaint for future in futures if (complaint := future.result())]
     except BrokenProcessPool:
-        return ["a worker process died, of too little memory perhaps: start again to continue"]
+        return ["a worker process died, of what it says above or of too little memory: start again to continue"]
 
 
 def what_is_done(config, arms):

@@ -228,8 +228,8 @@ MUTANTS = [
     ("experiments/report.py", "lambda found, text=text: f\"{found[1]}{text}\\n{found[2]}\"", "lambda found: f\"{found[1]}{text}\\n{found[2]}\"", "test_readme"),
     ("experiments/cli.py", "if not asking_a_saved_run(args):\n                stack", "if True:\n                stack", "test_cli"),
     ("experiments/cli.py", "self.exit(2,", "self.exit(1,", "test_cli"),
-    ("experiments/cli.py", "os.set_inheritable(descriptor, True)", "pass", "test_cli"),
-    ("experiments/cli.py", "os.O_RDWR)) <= 2:", "os.O_RDWR)) < 0:", "test_cli"),
+    ("experiments/cli.py", "os.set_inheritable(descriptor, True)", "pass", "test_runs"),
+    ("experiments/cli.py", "os.O_RDWR)) <= 2:", "os.O_RDWR)) < 0:", "test_runs"),
     ("experiments/cli.py", "stream.reconfigure(encoding=\"utf-8\", errors=\"backslashreplace\")", "stream.reconfigure(errors=\"backslashreplace\")", "test_cli"),
     ("experiments/cli.py", "stream.reconfigure(encoding=\"utf-8\", errors=\"backslashreplace\")", "stream.reconfigure(encoding=\"utf-8\")", "test_cli"),
     ("experiments/cli.py", "    open_streams()\n    torch", "    torch", "test_cli"),
@@ -366,7 +366,7 @@ def cell(text):
 
 def first_failure(folder, tests):
     """The first test of `tests` that fails in the folder, "a time limit" if they hang, or None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]
     quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet)
     try:

@@ -229,60 +229,27 @@ def test_a_system_without_locks_is_told_to_use_one_worker(finished, tmp_path, ca
     assert run(out) == 0
 
 
-# ------------------------------------------------------------------------------------- processes, started once for all
+# -------------------------------------------------------------------------------------------------- processes elsewhere
 
-AT_ODDS = """
-import os, sys, train_toy
-answers = train_toy.show_answers
-train_toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
-sys.exit(train_toy.main(sys.argv[1:]))
-"""
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell, and process groups")
-UNGUARDED = "import sys, train_toy\nsys.exit(train_toy.main(sys.argv[1:]))\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def elsewhere(finished, tmp_path_factory):
-    """Two runs that have two arms to train in two workers, under way while other tests are: (process, folder) by name.
-    One is without standard input and error, on an output of ASCII. The other is started by a script that does not guard
-    its call."""
-    if os.name == "nt":  # their tests are skipped
-        yield {}
-        return
-    folder, started = tmp_path_factory.mktemp("elsewhere"), {}
-    (folder / "unguarded.py").write_text(UNGUARDED, encoding="utf-8")
-    closed = ["sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", AT_ODDS]
-    for name, command in {"closed": closed, "unguarded": [sys.executable, str(folder / "unguarded.py")]}.items():
-        out = shutil.copytree(finished, folder / name)
-        for arm in ("rl", "cf-rl"):
-            (out / f"{arm}-seed0.pt").unlink()
-        command = [*command, *TINY, "--workers", "2", "--out", str(out)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-        env = environment() | ({"PYTHONIOENCODING": "ascii"} if name == "closed" else {})
-        started[name] = subprocess.Popen(command, env=env, cwd=folder, start_new_session=True, **pipes), out
-    yield started
-    for process, _ in started.values():
+@POSIX
+def test_a_script_that_does_not_guard_its_call_is_told_so(finished, tmp_path):
+    """Its workers would start runs of their own. It ends; multiprocessing's own complaint is thirty lines long."""
+    out, script = shutil.copytree(finished, tmp_path / "out"), tmp_path / "unguarded.py"
+    for arm in ("rl", "cf-rl"):
+        (out / f"{arm}-seed0.pt").unlink()
+    script.write_text("import sys, train_toy\nsys.exit(train_toy.main(sys.argv[1:]))\n", encoding="utf-8")
+    command = [sys.executable, str(script), *TINY, "--workers", "2", "--out", str(out)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-@POSIX
-def test_a_run_without_standard_streams_trains(elsewhere):
-    """Its workers too, which would else open their files in place of stderr, and no file of it gets what belongs there;
-    ticks are printed in spite of ASCII."""
-    process, out = elsewhere["closed"]
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "✗" in printed
-    assert (out / "rl-seed0.pt").exists() and (out / "cf-rl-seed0.pt").exists()
-    assert [path for path in out.rglob("*") if path.is_file() and b"of stderr" in path.read_bytes()] == []
-
-
-@POSIX
-def test_a_script_that_does_not_guard_its_call_is_told_so(elsewhere):
-    """Its workers would start runs of their own. It ends; multiprocessing's own complaint is thirty lines long."""
-    process, out = elsewhere["unguarded"]
-    _, errors = process.communicate(timeout=60)
     told = "workers import the script that starts them: call main() under `if __name__ == '__main__':`"
     *lines, last = errors.splitlines()
     assert process.returncode == 1 and set(lines) == {told} and "a worker process died" in last

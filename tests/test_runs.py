@@ -162,13 +162,13 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
     """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
-    assert run(tmp_path / "broken", "--classifier-lr", "1e308", "--arms", "rl,cf-rl", "--sft-steps", "3") == 1
+    flags = ["--classifier-lr", "1e308", "--sft-steps", "3", "--measures", "few"]
+    assert run(tmp_path / "broken", *flags, "--arms", "rl,cf-rl") == 1
     printed = capsys.readouterr()
     assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
     assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
     assert "No verdict without all of" in printed.out
-    flags = ["--classifier-lr", "1e308", "--arms", "cf-rl", "--eval-every", "1", "--sft-steps", "3"]
-    assert run(tmp_path / "at-evaluation", *flags) == 1
+    assert run(tmp_path / "at-evaluation", *flags, "--arms", "cf-rl", "--eval-every", "1") == 1
     assert "cf-rl, seed 0, stopped at step 1: the policy's logits are not finite" in capsys.readouterr().err
 
 
@@ -204,34 +204,28 @@ def begin_long_run(out):
     )
 
 
-@pytest.fixture(scope="module")
-def long_runs(tmp_path_factory):
-    """Two of them, which import at the same time: whatever the tests do, they and their workers are ended."""
-    folders = [tmp_path_factory.mktemp("long") / "run" for _ in range(2)]
-    started = [(begin_long_run(out), out) for out in folders]
-    yield iter(started)
-    for process, _ in started:
+@pytest.fixture
+def long_run(tmp_path):
+    """Once both of its arms have begun: (its process, its folder). It and its workers end with the test."""
+    out = tmp_path / "run"
+    process, started = begin_long_run(out), time.monotonic()
+    try:
+        while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
+            assert process.poll() is None and time.monotonic() - started < 60
+            time.sleep(0.1)
+        yield process, out
+    finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-@pytest.fixture
-def long_run(long_runs):
-    """The next of them, once both of its arms have begun: (its process, its folder)."""
-    process, out = next(long_runs)
-    started = time.monotonic()
-    while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
-        assert process.poll() is None and time.monotonic() - started < 60
-        time.sleep(0.1)
-    return process, out
 
 
 @POSIX
 def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, long_run):
     """The workers leave it to the parent, for which a kill is the same. They hold its pipes: had one stayed,
     `communicate` would time out."""
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since `finished` ran
+    assert train_toy.main(["--out", str(finished), "--ask", "4+8="]) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since any command line ran
     process, out = long_run
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
@@ -339,36 +333,34 @@ def test_a_file_written_twice_holds_the_second_text(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"second\n" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def elsewhere(tmp_path_factory):
-    """A run as users start it, in a fresh interpreter and spawned workers, under way while other tests are."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    flags = [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(folder.parent / "two")]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_toy.py"), *flags],
-        cwd=folder,
-        env=environment() | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    yield process, folder
-    process.kill()
-    process.communicate()
+AT_ODDS = """
+import os, sys, train_toy
+answers = train_toy.show_answers
+train_toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
+sys.exit(train_toy.main(sys.argv[1:]))
+"""
 
 
-def test_two_workers_in_other_circumstances_write_the_rows_of_one(elsewhere, tmp_path):
+@POSIX
+def test_two_workers_in_other_circumstances_write_the_rows_of_one(tmp_path):
     """Each arm of each seed draws its own random numbers, in whatever process, so the order of the arms, the working
-    folder, the hash seed and the threads of the environment play no part. In float32, as users run it: that says
-    nothing but on stdout and writes nothing but its folder."""
-    process, folder = elsewhere
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and errors == "" and "No verdict without all of" in output
-    assert list(folder.iterdir()) == []
+    folder, the hash seed and the threads of the environment play no part. In float32, as users run it. Nor does it
+    matter that standard input and error are closed and the output is of ASCII: what is opened in their place gets
+    nothing that belongs there, and ticks are printed. Nothing is written but in the run's folder."""
+    out, elsewhere = tmp_path / "two", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = ["sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", AT_ODDS]
+    command += [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(out)]
+    circumstances = {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(
+        command, cwd=elsewhere, env=environment() | circumstances, stdout=subprocess.PIPE, encoding="utf-8", timeout=120
+    )
+    assert ran.returncode == 0 and "✗" in ran.stdout and "No verdict without all of" in ran.stdout
+    assert list(elsewhere.iterdir()) == []
+    assert [path for path in out.rglob("*") if path.is_file() and b"of stderr" in path.read_bytes()] == []
     torch.set_default_dtype(torch.float32)
     try:
         assert run(tmp_path / "one", "--arms", "cf-rl,rl") == 0
     finally:
         torch.set_default_dtype(torch.float64)
-    assert rows_of(tmp_path / "one") == rows_of(folder.parent / "two")
+    assert rows_of(tmp_path / "one") == rows_of(out)

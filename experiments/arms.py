@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from minicfrl import Addition, RLConfig, SFTConfig, Stage, supervised_finetune, train_rl, two_stages
-from model import GPT, GPTConfig, check_counts
+from model import GPT, GPTConfig, check, check_counts
 
 MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -79,10 +79,6 @@ def slow(config):  # internal feedback at plain RL's rate is gone in a few updat
     return plain(config, lr=config.lr / 8)
 
 
-def nothing(config):
-    return ()
-
-
 ARMS = {
     "rl": Arm(plain),
     "cf-rl": Arm(cf_rl),
@@ -106,8 +102,8 @@ ARMS = {
         {"optimizer": "sgd"},
         imitation=lambda config: plain(config, steps=config.classifier_steps),
     ),
-    "ft": Arm(nothing, imitation=plain),
-    "lp-ft": Arm(nothing, imitation=cf_rl),
+    "ft": Arm(lambda config: (), imitation=plain),
+    "lp-ft": Arm(lambda config: (), imitation=cf_rl),
 }
 
 
@@ -210,21 +206,16 @@ class Config:
     def __post_init__(self):
         counts = ("sft_steps", "rl_steps", "prompts", "samples", "seeds", "eval_every", "eval_prompts", "final_prompts")
         check_counts(**{name: getattr(self, name) for name in counts})
-        if type(self.seed) is not int:
-            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+        check(type(self.seed) is int, f"seed must be a whole number, not {self.seed!r}")
         if bool(self.stage_lengths) != bool(self.rate_multiples):
             grid = f"stage_lengths={self.stage_lengths!r} and rate_multiples={self.rate_multiples!r}"
             raise ValueError(f"{grid}: a map takes both")
         for arm in self.arm_list:
             arm_named(arm)
-            if self.arm_list.count(arm) > 1:
-                raise ValueError(f"arm {arm!r} is there twice")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
-        if not 0 <= self.sgd_lr < math.inf:
-            raise ValueError(f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
-        if self.measures not in MEASURED:
-            raise ValueError(f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
+            check(self.arm_list.count(arm) == 1, f"arm {arm!r} is there twice")
+        check(0 < self.threshold <= 1, f"threshold must lie between 0 and 1, not {self.threshold}")
+        check(0 <= self.sgd_lr < math.inf, f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
+        check(self.measures in MEASURED, f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
         self.architecture(Addition(self.digits))
         cf_rl(self)  # these check their arguments, and so does each arm
         self.finetuning()
@@ -238,8 +229,7 @@ class Config:
             values = [kind(number) for number in text.split(",")] if text else []
         except ValueError:
             raise ValueError(f"{name} must be numbers by commas, such as 2,4,8, not {text!r}") from None
-        if not all(0 < value < math.inf for value in values):
-            raise ValueError(f"{name} must be positive, not {text!r}")
+        check(all(0 < value < math.inf for value in values), f"{name} must be positive, not {text!r}")
         return values
 
     @property

@@ -20,7 +20,7 @@ import torch
 
 from experiments.runs import Damaged, owned_run, read_config
 from minicfrl import Addition
-from model import check_counts
+from model import check, check_counts
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ def asking_a_saved_run(args):
 
 def check_toy(args, config):
     """The Config to run: that of the saved run, where that is asked. ValueError or OSError for what cannot be done."""
-    if args.plot and args.out is None:
-        raise ValueError("--plot needs --out DIR to draw in")
+    check(not args.plot or args.out is not None, "--plot needs --out DIR to draw in")
     if args.plot:
         try:
             import matplotlib  # noqa: F401
@@ -145,8 +144,7 @@ def check_toy(args, config):
             raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}") from None
     if asking_a_saved_run(args):
         _, config = read_config(args.out)
-        if not list(args.out.glob("*.pt")):
-            raise ValueError(f"{args.out} holds no policy yet: run it first")
+        check(list(args.out.glob("*.pt")), f"{args.out} holds no policy yet: run it first")
     if args.ask is not None:
         Addition(config.digits).operands(args.ask)
     return config

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.arms import MEASURED, SAMPLES, Config, generator, kl_divergence
 from minicfrl import Rollout, group_advantages, rollout
-from model import GPT, confidence, entropy, residuals
+from model import GPT, check, confidence, entropy, residuals
 from ntk import empirical_ntk, microscope
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
@@ -91,8 +91,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
     1 - C(n - correct, k) / C(n, k)  (Chen et al., arXiv 2107.03374). ValueError for impossible counts.
     """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} of {correct} right among {n} samples makes no sense")
+    check(0 <= correct <= n and 1 <= k <= n, f"pass@{k} of {correct} right among {n} samples makes no sense")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 

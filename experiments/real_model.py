@@ -27,7 +27,7 @@ from experiments.measures import first_states, geometry
 from experiments.runs import Watch, jobs, write_text
 from experiments.tables import lines_of, summarise, table
 from minicfrl import rollout, sequence_logp
-from model import confidence, entropy
+from model import check, confidence, entropy
 from ntk import agreement
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
@@ -205,8 +205,7 @@ def faithful(lm, task):
     except Exception as error:  # of many kinds
         lacks = f"no features, or no keys and values of each of its layers ({str(error).strip().splitlines()[0]})"
         raise ValueError(f"{name} cannot read a prompt once for all its responses: it gives {lacks}") from None
-    if not close:
-        raise ValueError(f"{name} gives other features where it reads a prompt once for all its responses")
+    check(close, f"{name} gives other features where it reads a prompt once for all its responses")
     check_linear(lm, plain)
     return model
 
@@ -223,8 +222,7 @@ def check_memory(config, lm, task, workers):
     except OSError:
         return
     there = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
-    if needed > there:
-        raise ValueError(f"{workers} workers need about {needed:.1f} GB of memory, and {there:.1f} are free")
+    check(needed <= there, f"{workers} workers need about {needed:.1f} GB of memory, and {there:.1f} are free")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -250,10 +248,11 @@ class RealConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for arm in self.arm_list:
-            if arm_named(arm).imitation(self):
-                raise ValueError(f"arm {arm!r} imitates demonstrations, which only the toy's task has")
-        if self.tiny and self.model:
-            raise ValueError(f"a quick run is on a random model, not on {self.model}")
+            check(
+                not arm_named(arm).imitation(self),
+                f"arm {arm!r} imitates demonstrations, which only the toy's task has",
+            )
+        check(not (self.tiny and self.model), f"a quick run is on a random model, not on {self.model}")
 
     def finetuning(self):
         return {}  # the start is the checkpoint as it is
@@ -332,10 +331,9 @@ def train(config, out, seed, arm, bar):
     return nn.Module()
 
 
-def check(args, config):
+def check_real(args, config):
     """The Config, if it can be run. ValueError or OSError for what is wrong, before anything is trained or written."""
-    if args.out is None:
-        raise ValueError("--out DIR is missing: the runs are too long to be thrown away")
+    check(args.out is not None, "--out DIR is missing: the runs are too long to be thrown away")
     try:
         torch.empty(0, device=config.device).cpu()  # which takes one that holds numbers
     except (RuntimeError, AssertionError):  # the latter where torch was built without it
@@ -358,7 +356,7 @@ def run(config, out, args):
 def main(argv=None):
     """The command line (cli.py). Returns the exit code."""
     about_quick = "seconds, on a random Llama that learns nothing"
-    program = cli.Program("real_model", __doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check, WITHOUT)
+    program = cli.Program("real_model", __doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check_real, WITHOUT)
     return cli.main(program, argv)
 
 

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from model import check_counts
+from model import check, check_counts
 
 MARGIN = 0.02  # of accuracy, fixed beforehand: two ways of training that differ by less count as equally good
 
@@ -24,8 +24,7 @@ def student_t(p, freedom):
     >>> round(student_t(0.975, 4), 2), round(student_t(0.975, 9), 2)
     (2.78, 2.26)
     """
-    if not 1e-6 <= p <= 1 - 1e-6:
-        raise ValueError(f"the quantile must lie between 1e-6 and 1 - 1e-6, not {p}")
+    check(1e-6 <= p <= 1 - 1e-6, f"the quantile must lie between 1e-6 and 1 - 1e-6, not {p}")
     angle = torch.linspace(-math.pi / 2, math.pi / 2, 200_001, dtype=torch.float64)
     below = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
     at = torch.searchsorted(below, p * below[-1])
@@ -55,8 +54,7 @@ def judge(differences, margin=MARGIN, looks=1):
     0.
     """
     check_counts(looks=looks)
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be finite and not negative, not {margin}")
+    check(0 <= margin < math.inf, f"margin must be finite and not negative, not {margin}")
     narrow, wide = (half_width(differences, 1 - level / looks) for level in (0.1, 0.05))
     mean = statistics.fmean(differences)
     if abs(mean) + narrow < margin:

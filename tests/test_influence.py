@@ -19,15 +19,15 @@ def batch_of_states(seed, **sizes):
     return model, tokens, mask, torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), dim=1), advantages
 
 
-@given(seed=seeds, chunk=st.integers(1, 9))
-def test_influence_is_the_kernel_between_residuals(seed, chunk):
+@given(seed=seeds, block=st.integers(1, 9))
+def test_influence_is_the_kernel_between_residuals(seed, block):
     """Entry by entry A_i g_j^T K(x_j, x_i) g_i, with K from empirical_ntk, which never forms a token's gradient. Both
     are exact: 1e-10 leaves room for sums over some thousand parameters."""
     model, tokens, _, states, advantages = batch_of_states(seed)
     kernel = empirical_ntk(model, tokens, states)
     row, t = states.nonzero(as_tuple=True)
     g = residuals(model(tokens)[states].detach(), tokens[row, t + 1])
-    R, G = influence(model, tokens, states, advantages, chunk)
+    R, G = influence(model, tokens, states, advantages, block)
     expected = torch.einsum("jv,jviw,iw,i->ij", g, kernel.gradient, g, advantages[row])
     torch.testing.assert_close(G, expected, rtol=1e-10, atol=1e-10)
     expected = torch.einsum("jv,ji,iv,i->ij", g, kernel.representation, g, advantages[row])
@@ -89,8 +89,8 @@ def test_what_influence_cannot_do_is_refused():
     mask[0, 1] = True
     with pytest.raises(ValueError, match=r"advantages \(3,\) do not fit tokens \(2, 4\)"):
         influence(model, tokens, mask, torch.ones(3))
-    with pytest.raises(ValueError, match="chunk must be a whole number of at least 1, not 0"):
-        influence(model, tokens, mask, torch.ones(2), chunk=0)
+    with pytest.raises(ValueError, match="block must be a whole number of at least 1, not 0"):
+        influence(model, tokens, mask, torch.ones(2), block=0)
     mask[1, 3] = True
     with pytest.raises(ValueError, match="mask selects the last position, which no token follows"):
         influence(model, tokens, mask, torch.ones(2))

@@ -97,7 +97,8 @@ class Body(nn.Module):
         end, block_size = start + tokens.size(1), self.position_embedding.num_embeddings
         if end > block_size:
             raise ValueError(f"{end} tokens are more than block_size={block_size}")
-        x = self.token_embedding(tokens) + self.position_embedding(torch.arange(start, end, device=tokens.device))  # (B, T, d)
+        positions = torch.arange(start, end, device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, d)
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, block_cache)
         return self.norm(x)

@@ -10,7 +10,7 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
 other than a plain gradient step, Adam's for one, no kernel is needed: `logit_change` splits any update into the same
 two parts (E8), and `entropy_change` and `confidence_change` turn a change of logits into one of confidence (E9).
 `influence` is what the kernel does to the sampled tokens: who teaches whom (E10). How the exact kernel becomes fast is
-the last part of this file, and nothing else needs it.
+the last part of this file: a reader may stop where it begins.
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, jvp
+from torch.func import functional_call, jacrev, jvp, vjp
 
 from model import GPT, check_counts, check_tokens, confidence, entropy, residuals
 
@@ -61,25 +61,21 @@ def _check_states(model, tokens, mask):
     for name, parameter in model.body.named_parameters():
         if parameter.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
             raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
-    with torch.no_grad():  # one row is enough to see a random layer, and cheap
-        if not torch.allclose(model.features(tokens[:1]), model.features(tokens[:1]), equal_nan=True):
-            raise ValueError("two passes of the body differ, for dropout or other noise: call model.eval() first")
+    if not torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True):
+        raise ValueError("two passes of the body differ, for dropout or other noise: call model.eval() first")
 
 
 def _body_function(body):
     """The body as a function, ({name: parameter}, tokens (B, T)) -> features (B, T, d), and its parameters."""
     names = {parameter: name for name, parameter in body.named_parameters()}
-    places = {  # a parameter may have several; left to itself, functional_call breaks a module that is registered twice
-        place: names[parameter]
-        for path, module in body.named_modules()
-        for place, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
-    }
+    # All places of each: left to itself, functional_call breaks a module that is registered twice.
+    places = {at: names[p] for path, m in body.named_modules() for at, p in m.named_parameters(path, False, False)}
+    theta = {name: parameter.detach() for parameter, name in names.items()}
 
     def features(theta, tokens):
-        here = {place: theta[name] for place, name in places.items()}
-        return functional_call(body, here, (tokens,), tie_weights=False)
+        return functional_call(body, {at: theta[name] for at, name in places.items()}, (tokens,), tie_weights=False)
 
-    return features, {name: parameter.detach() for name, parameter in body.named_parameters()}
+    return features, theta
 
 
 def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor, mask2: Tensor) -> Tensor:
@@ -97,12 +93,7 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
 
 
 def empirical_ntk(
-    model: GPT,
-    tokens: Tensor,
-    mask: Tensor,
-    tokens2: Tensor | None = None,
-    mask2: Tensor | None = None,
-    block: int = 64,
+    model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor | None = None, mask2: Tensor | None = None, block=64
 ) -> NTK:
     """The exact NTK (E7) between the N states that `mask` selects of `tokens`, both (B, T), and M others or themselves.
 
@@ -117,27 +108,21 @@ def empirical_ntk(
     check_counts(block=block)
     if (tokens2 is None) != (mask2 is None):
         raise ValueError("tokens2 and mask2 go together: one of them is missing")
-    symmetric = tokens2 is None
-    if symmetric:
-        tokens2, mask2 = tokens, mask
-    for some_tokens, some_mask in ((tokens, mask), (tokens2, mask2)):
-        _check_states(model, some_tokens, some_mask)
-    with torch.no_grad():
-        representation = model.features(tokens)[mask] @ model.features(tokens2)[mask2].T  # (N, M)  (E7)
+    sides = [(tokens, mask)] if tokens2 is None else [(tokens, mask), (tokens2, mask2)]
+    for side in sides:
+        _check_states(model, *side)
+    phi = [model.features(tokens)[mask].detach() for tokens, mask in sides]  # (N, d) and, of two sides, (M, d)
     W = model.classifier.weight.detach()
-    V, d = W.shape
-    C = W if V <= d else torch.eye(d, dtype=W.dtype)  # (U, d): G = W J J'^T W^T, by way of J J'^T if that is smaller
-    states = tokens, mask, C.expand(len(representation), -1, -1)
-    states2 = None if symmetric else (tokens2, mask2, C.expand(representation.size(1), -1, -1))
+    C = W if len(W) <= W.size(1) else torch.eye(W.size(1), dtype=W.dtype)  # (U, d): the fewer of logits and features
+    states = [(*side, C.expand(len(features), *C.shape)) for side, features in zip(sides, phi, strict=True)]
     try:
-        gradient = _gradient_products(model.body, states, states2, block)  # (N, U, M, U)
-    except UnknownLayer as unknown:
-        warnings.warn(f"{unknown}: G comes from its definition, slowly", stacklevel=2)
-        gradient = gradient_by_definition(model, tokens, mask, tokens2, mask2)
-    else:
-        if V > d:
+        gradient = _gradient_products(model.body, block, *states)  # (N, U, M, U)
+        if C is not W:
             gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
-    return NTK(representation, gradient)
+    except ValueError as unknown:
+        warnings.warn(f"{unknown}: G comes from its definition, slowly", stacklevel=2)
+        gradient = gradient_by_definition(model, *sides[0], *sides[-1])
+    return NTK(phi[0] @ phi[-1].T, gradient)  # (E7)
 
 
 # ------------------------------------------------------------------------------------------------- what an update does
@@ -160,11 +145,9 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     for name, change in update.items():
         if name not in parameters:
             raise ValueError(f"update names {name!r}, which is no parameter of the model")
-        if change.shape != parameters[name].shape or change.dtype != parameters[name].dtype:
-            raise ValueError(
-                f"update of {name} must be {tuple(parameters[name].shape)} {parameters[name].dtype}, "
-                f"not {tuple(change.shape)} {change.dtype}"
-            )
+        wanted, got = (f"{tuple(x.shape)} {x.dtype}" for x in (parameters[name], change))
+        if got != wanted:
+            raise ValueError(f"update of {name} must be {wanted}, not {got}")
     changes = {name: change.detach() for name, change in update.items()}
     features, theta = _body_function(model.body)
     dtheta = {name: changes.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
@@ -184,9 +167,7 @@ def agreement(R: Tensor, G: Tensor) -> Tensor:
 
 def _check_change(logits, dlogits):
     if logits.ndim != 2 or logits.shape != dlogits.shape:
-        raise ValueError(
-            f"logits and dlogits must both be (N, V), not {tuple(logits.shape)} and {tuple(dlogits.shape)}"
-        )
+        raise ValueError(f"logits and dlogits must both be (N, V), not {(*logits.shape,)} and {(*dlogits.shape,)}")
 
 
 def entropy_change(logits: Tensor, dlogits: Tensor) -> Tensor:
@@ -239,10 +220,9 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
         row[f"{name}_residual"] = change - by_W - by_body
     cosine = agreement(*parts)  # (N,)
     first = (mask.cumsum(dim=1) == 1)[mask]
-    return row | {
-        "agreement_prompt": cosine[first].mean().item(),
-        "agreement_continuation": cosine[~first].mean().item(),
-    }
+    row["agreement_prompt"] = cosine[first].mean().item()
+    row["agreement_continuation"] = cosine[~first].mean().item()
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------- who teaches whom
@@ -270,12 +250,11 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
         raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
     row, t = mask.nonzero(as_tuple=True)  # (N,) each
     W = model.classifier.weight.detach()
-    with torch.no_grad():
-        phi = model.features(tokens)[mask]  # (N, d)
+    phi = model.features(tokens)[mask].detach()  # (N, d)
     g = residuals(phi @ W.T, tokens[row, t + 1])  # (N, V)
     A = advantages[row, None]  # (N, 1)
     C = (g @ W)[:, None]  # (N, 1, d): d log pi = g^T W d phi
-    products = _gradient_products(model.body, (tokens, mask, C), None, block)[:, 0, :, 0]  # (N, N)
+    products = _gradient_products(model.body, block, (tokens, mask, C))[:, 0, :, 0]  # (N, N)
     return A * (phi @ phi.T) * (g @ g.T), A * products  # (E10)
 
 
@@ -291,45 +270,39 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
 #
 # which takes the inputs x and the backpropagated g of each state and never the gradient itself. The bias is one more
 # input that is always 1. An embedding is a linear layer on one-hot inputs, so its x_t . x'_s is whether two tokens are
-# equal. The gain of a norm acts on each feature alone: its gradient is written out, and is the g of a layer with one
-# position and one input that is 1. So every layer becomes a pair
+# equal. The gain and the bias of a norm act on each feature alone: their gradients, sums over t of g_t times a slope,
+# are written out, and become the g of a layer with one position and one input that is 1. So every layer is a pair
 #
-#     inputs (n, T, I) and backprops (n, U, T, O),
+#     inputs (n, T, I), or tokens (n, T, 1), and backprops (n, U, T, O)
 #
-# for n states at a time, with T positions counted backwards from each state's own. A body with anything else in it
-# would get a wrong kernel, so the result is checked on random directions (`_holds`).
+# for n states, T positions, I inputs, O outputs. All rows of a block are as long as its longest: the body is causal, so
+# g is 0 after a state's own position. A body with anything else in it would get a wrong kernel, so the result is
+# checked on random directions (`_holds`).
 
 
-class UnknownLayer(ValueError):
-    """The body has a layer that the fast way gets wrong."""
-
-
-def _gradient_products(body, states, states2, block):
+def _gradient_products(body, block, states, states2=None):
     """C J J'^T C'^T, (N, U, M, U), between states and states2, each (tokens (B, T), mask (B, T), C (N, U, d)), or among
-    `states` if the second is None. UnknownLayer where it is wrong.
+    `states` alone. ValueError that names the layers with which it would be wrong.
 
     Cost: U backward passes per state; then, for a layer with O outputs, N M U T (T + U) O multiplications, half of them
-    among `states` themselves. Gradients written out take N M U^2 I O: they are used where that is less, at long T or
-    small U. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of each, where
-    a Jacobian takes U I O.
+    among `states` alone. Gradients written out take N M U^2 I O: they are used where that is less, at long T or small
+    U. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of each, and one
+    layer's gradients, U I O, if written out.
     """
-    symmetric = states2 is None
-    chunks = _chunks(*states, block)
-    chunks2 = chunks if symmetric else _chunks(*states2, block)
-    (N, U), M = states[2].shape[:2], len((states if symmetric else states2)[2])
+    chunks, N, U = _chunks(*states, block), *states[2].shape[:2]
+    chunks2, M = (_chunks(*states2, block), len(states2[2])) if states2 else (chunks, N)
     kernel = states[2].new_empty(N, U, M, U)
     for c, (index, *chunk) in enumerate(chunks):
         layers = _layers(body, *chunk)
-        for index2, *chunk2 in chunks[: c + 1] if symmetric else chunks2:
-            layers2 = layers if index2 is index else _layers(body, *chunk2)
-            products = _products(layers, layers2)  # (n, U, m, U)
+        for index2, *chunk2 in chunks2 if states2 else chunks[: c + 1]:
+            products = _products(layers, layers if index2 is index else _layers(body, *chunk2))  # (n, U, m, U)
             kernel[index[:, None], :, index2] = products.transpose(1, 2)
-            if symmetric:
+            if not states2:
                 kernel[index2[:, None], :, index] = products.permute(2, 0, 3, 1)
-    if not _holds(body, kernel, states, states2):
-        odd = [f"{name} is {type(m).__name__}" for name, m in body.named_modules() if _parameters(m) and not _is_known(m)]
-        reason = ", ".join(odd) or "one is shared, hooked or not what it seems"
-        raise UnknownLayer(f"the body is not all linear layers, embeddings and norms, each used once ({reason})")
+    if not _holds(body, kernel, states, states2 or states):
+        unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m)]
+        reason = ", ".join(unknown) or "one is shared, hooked or not what it seems"
+        raise ValueError(f"the body is not all linear layers, embeddings and norms, each used once ({reason})")
     return kernel
 
 
@@ -340,60 +313,62 @@ def _chunks(tokens, mask, C, block):
     return [(index, tokens[row[index], : position[index[0]] + 1], position[index], C[index]) for index in chunks]
 
 
-def _parameters(module):
-    """The module's own parameters, {name: parameter}."""
-    return dict(module.named_parameters(recurse=False))
-
-
 def _is_known(module):
-    """A weight and at most a bias: a matrix is a linear layer or an embedding, a vector the gain of a norm."""
-    return {"weight"} <= _parameters(module).keys() <= {"weight", "bias"} and module.weight.ndim <= 2
+    """Whether it has a weight matrix and at most a bias, or vectors alone, or nothing, for parameters of its own."""
+    dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
 
 
 @torch.enable_grad()
 def _layers(body, rows, position, C):
-    """[(inputs (n, T, I), backprops (n, U, T, O))] of <C, phi> at the states (rows (n, T), position (n,))."""
+    """[(inputs (n, T, I), backprops (n, U, T, O))] of C phi, C (n, U, d), at the ends of rows (n, T) at `position`."""
     (n, T), calls = rows.shape, []
 
     def hook(module, arguments, output):
-        if isinstance(module, nn.Embedding):  # positions have no row of their own yet
-            output = output.detach().expand(n, T, -1)
-        calls.append((module, arguments[0].detach(), output.requires_grad_()))  # the graph starts here, if frozen
+        if isinstance(module, nn.Embedding) and output.shape[:-1] in ((T,), (1, T), (n, T)):
+            output = output.detach().expand(n, T, -1)  # that of positions may be the same for all rows
+        if arguments and output.shape[:2] == (n, T):  # else it is left out, as `_holds` will find
+            calls.append((module, arguments[0].detach(), output.requires_grad_()))  # a graph, also of frozen layers
         return output
 
-    handles = [module.register_forward_hook(hook) for module in body.modules() if _is_known(module)]
+    known = [module for module in body.modules() if [*module.parameters(recurse=False)] and _is_known(module)]
+    handles = [module.register_forward_hook(hook) for module in known]
     try:
         phi = body(rows)[torch.arange(n), position]  # (n, d)
     finally:
         for handle in handles:
             handle.remove()
-    ys = [y for _, _, y in calls]
-    backprops = [y.new_empty(n, C.size(1), *y.shape[1:]) for y in ys]
-    for u in range(C.size(1)):  # one row, one state: the gradient of their sum keeps them apart
-        gradients = torch.autograd.grad(phi, ys, C[:, u], retain_graph=True, materialize_grads=True)
-        for g, gradient in zip(backprops, gradients, strict=True):
-            g[:, u] = gradient
+    ys = [y for *_, y in calls]
+
+    def backpropagated(c):  # one row, one state: the gradient of the sum of all <c, phi> keeps them apart
+        return torch.autograd.grad(phi, ys, c, retain_graph=True, materialize_grads=True)
+
+    somewhere = torch.randn(phi.shape, dtype=phi.dtype, generator=torch.Generator().manual_seed(0))
+    starts = [int(g.flatten(2).any(dim=(0, 2)).int().argmax()) for g in backpropagated(somewhere)]
+    backprops = [y.new_empty(n, C.size(1), T - start, *y.shape[2:]) for y, start in zip(ys, starts, strict=True)]
+    for u in range(C.size(1)):
+        for g, start, gradient in zip(backprops, starts, backpropagated(C[:, u]), strict=True):
+            g[:, u] = gradient[:, start:]  # after the last attention, nothing but a state's own position is used
     layers = []
-    for (module, x, _), g in zip(calls, backprops, strict=True):
-        if module.weight.ndim == 1:
-            gain, bias = module.weight.detach(), getattr(module, "bias", None)
-            output = lambda gain: functional_call(module, {"weight": gain}, (x,))  # noqa: B023, E731
-            slope = jvp(output, (gain,), (torch.ones_like(gain),))[1]  # (n, T, d), of each feature in its gain
-            parts = [g * slope[:, None]] + [g] * (bias is not None)
-            g = torch.cat([part.flatten(2, -2).sum(2, keepdim=True) for part in parts], dim=3)  # (n, U, 1, d or 2d)
-            x = g.new_ones(n, 1, 1)
+    for (module, x, _), start, g in zip(calls, starts, backprops, strict=True):
+        x = x.expand(n, T, *x.shape[2:])[:, start:]
+        if all(parameter.ndim == 1 for parameter in module.parameters(recurse=False)):
+            each = [g * _slope(module, name, x)[:, None] for name, _ in module.named_parameters(recurse=False)]
+            g = torch.cat([gradient.flatten(2, -2).sum(2, keepdim=True) for gradient in each], dim=3)  # (n, U, 1, O)
+            x = x.new_ones(n, 1, 1)
         else:
-            if isinstance(module, nn.Embedding):
-                x = x.expand(n, T)[:, :, None]
-                if layers and layers[-1][0].dtype == x.dtype and torch.equal(layers[-1][1], g):
-                    x = torch.cat((layers.pop()[0], x), dim=2)  # summed embeddings share their g: one layer
-            elif module.bias is not None:
+            g = g.flatten(2, -2)
+            x = x.reshape(n, g.size(2), -1)
+            if getattr(module, "bias", None) is not None:
                 x = F.pad(x, (0, 1), value=1.0)
-            used = g.any(dim=(0, 1, 3))
-            if not used.all():
-                x, g = x[:, used], g[:, :, used]
         layers.append((x, g))
     return layers
+
+
+def _slope(module, name, x):
+    """The derivative of each output in its own entry of a parameter vector: that of all outputs in direction 1."""
+    vector = module.get_parameter(name).detach()
+    return jvp(lambda vector: functional_call(module, {name: vector}, (x,)), (vector,), (torch.ones_like(vector),))[1]
 
 
 CACHE = 2**20  # numbers between two matrix products: few enough to stay in the processor's cache
@@ -401,43 +376,39 @@ CACHE = 2**20  # numbers between two matrix products: few enough to stay in the 
 
 def _products(layers, layers2):
     """The products (n, U, m, U) between the states of two chunks, or of one with itself."""
-    (_, g), (_, h) = layers[0], layers2[0]
-    (n, U), m = g.shape[:2], len(h)
-    kernel = g.new_zeros(n, U, m, U)
+    (n, U), m = layers[0][1].shape[:2], len(layers2[0][1])
+    kernel = layers[0][1].new_zeros(n, U, m, U)
     for (x, g), (y, h) in zip(layers, layers2, strict=True):
-        (T, I), S, one_hot = x.shape[1:], y.size(1), not x.is_floating_point()
-        if not one_hot and 2 * T * (S + U) > I * (U + T / n + S / m):  # one large product, twice as fast
-            g, h = (torch.einsum("nti,nuto->nuio", *layer).reshape(len(layer[0]) * U, -1) for layer in ((x, g), (y, h)))
+        T, S, one_hot = x.size(1), y.size(1), not x.is_floating_point()
+        if not one_hot and 2 * T * (S + U) > x.size(2) * (U + T / n + S / m):  # one large product is twice as fast
+            g, h = (torch.einsum("nti,nuto->nuio", *pair).reshape(len(pair[0]) * U, -1) for pair in ((x, g), (y, h)))
             kernel.view(n * U, m * U).addmm_(g, h.T)
             continue
-        g, h = g.flatten(2), h.permute(0, 2, 3, 1).flatten(2)  # (n, U, T*O), (m, S, O*U): no more copies from here on
-        size = max(1, CACHE // max(1, T * h.size(2)))  # states on the left at once
+        g, outputs = g.flatten(2), h.size(3) * U
+        size = min(n, max(1, CACHE // (T * outputs)))  # states on the left at once
+        between = g.new_empty(size * T, outputs)  # one piece of memory for all
         for j in range(m):
+            right = h[j].permute(1, 2, 0).flatten(1)  # (S, O*U)
             for first in range(j if layers is layers2 else 0, n, size):
                 tile = slice(first, first + size)
-                alike = (x[tile, :, None] == y[j]).sum(3).to(g.dtype) if one_hot else x[tile] @ y[j].T  # (tile, T, S)
-                weighted = alike @ h[j]  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
-                kernel[tile, :, j] += g[tile] @ weighted.view(len(weighted), g.size(2), U)
-    if layers is layers2:  # only the half with n >= m has been computed
-        for j in range(m):
-            kernel[j, :, j + 1 :] = kernel[j + 1 :, :, j].permute(2, 0, 1)
+                alike = (x[tile] == y[j].T).to(g.dtype) if one_hot else x[tile] @ y[j].T  # (tile, T, S)
+                weighted = torch.mm(alike.flatten(0, 1), right, out=between[: len(alike) * T])  # sum_s alike_ts g'_s
+                kernel[tile, :, j] += g[tile] @ weighted.view(len(alike), -1, U)
+    for j in range(m if layers is layers2 else 0):  # of two halves the one with n >= j is there
+        kernel[j, :, j + 1 :] = kernel[j + 1 :, :, j].permute(2, 0, 1)
     return kernel
 
 
 def _holds(body, kernel, states, states2):
     """Whether u^T kernel u' = <J^T C^T u, J'^T C'^T u'> for random u, u': two plain backward passes over all states."""
-
-    @torch.enable_grad()
-    def direction(states, seed):
-        (tokens, mask, C), (features, theta) = states, _body_function(body)
-        theta = {name: parameter.requires_grad_() for name, parameter in theta.items()}
+    sides = []
+    for seed, (tokens, mask, C) in enumerate((states, states2)):
+        features, theta = _body_function(body)
+        phi, backward = vjp(lambda theta: features(theta, tokens)[mask], theta)  # noqa: B023
         u = torch.randn(C.shape[:2], dtype=C.dtype, generator=torch.Generator().manual_seed(seed))
-        weights = torch.einsum("nu,nud->nd", u, C)
-        parts = torch.autograd.grad(features(theta, tokens)[mask], theta.values(), weights, materialize_grads=True)
-        return u.flatten(), torch.cat([part.flatten() for part in parts])
-
-    u, v = direction(states, 0)
-    u2, v2 = (u, v) if states2 is None else direction(states2, 1)
+        gradients = backward(torch.einsum("nu,nud->nd", u, C))[0]
+        sides.append((u.flatten(), torch.cat([gradient.flatten() for gradient in gradients.values()])))
+    (u, v), (u2, v2) = sides
     error = u @ kernel.view(len(u), len(u2)) @ u2 - v @ v2
     rounding = torch.finfo(kernel.dtype).eps * v.norm() * v2.norm()
     return error.abs() <= 1000 * rounding  # tests see up to 100 of it; a layer that is left out is far more

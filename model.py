@@ -102,7 +102,8 @@ class Body(nn.Module):
         start = cache[0][0].size(2) if cache and cache[0] else 0
         end, block_size = start + tokens.size(1), self.position_embedding.num_embeddings
         check(end <= block_size, f"{end} tokens are more than block_size={block_size}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]  # (B, T, d)
+        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, d)
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, block_cache)
         return self.norm(x)

@@ -6,27 +6,26 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
     R(x, x') = <phi(x), phi(x')> I_V          the representation component: what moving W does
     G(x, x') = W J(x) J(x')^T W^T             the gradient component: what moving the body does, J = d phi / d theta
 
-`empirical_ntk` computes R and G exactly, `gradient_by_definition` does it in four lines that are slow. `influence` is
-what they do to the sampled tokens: who teaches whom (E10). For an update other than a plain gradient step, Adam's for
-one, no kernel is needed: `logit_change` splits any update into the same two parts (E8), and `entropy_change` and
-`confidence_change` turn a change of logits into one of confidence (E9).
+`empirical_ntk` computes R and G exactly, `gradient_by_definition` does it in four lines that are slow. For an update
+other than a plain gradient step, Adam's for one, no kernel is needed: `logit_change` splits any update into the same
+two parts (E8), and `entropy_change` and `confidence_change` turn a change of logits into one of confidence (E9).
+`influence` is what the kernel does to the sampled tokens: who teaches whom (E10). How the exact kernel becomes fast is
+the last part of this file: a reader may stop where it begins.
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
 
-Shapes: N, M states, V vocabulary, d features, U = min(V, d) differentiated outputs. For one layer of the body: n states
-at one position, T tokens up to it, I inputs, O outputs. A state is a (row, position) of tokens that a mask selects.
+Shapes: N, M states, V vocabulary, d features. A state is a (row, position) of tokens that a mask selects.
 """
 
-import copy
 import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, jacrev, jvp, vjp
 
-from model import GPT, check_counts, check_tokens, confidence, entropy, residuals, token_logp
+from model import GPT, check_counts, check_tokens, confidence, entropy, residuals
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class NTK:
 
 
 def _check_states(model, tokens, mask):
-    """Raise ValueError unless `mask` selects states of `tokens` and the logits are W phi, W no part of the body."""
+    """Raise ValueError unless `mask` selects states of `tokens` and the logits are W phi, W no part of the body, and
+    phi the same at every call."""
     check_tokens(model, tokens)
     if mask.shape != tokens.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
@@ -56,19 +56,26 @@ def _check_states(model, tokens, mask):
     W = model.classifier.weight
     if W.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the kernel needs a model in float32 or float64, not {W.dtype}")
+    if torch.is_autocast_enabled(W.device.type):
+        raise ValueError("torch.autocast rounds what is computed here to half precision: leave it first")
     for name, parameter in model.body.named_parameters():
         if parameter.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
             raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
+    if not torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True):
+        raise ValueError("two passes of the body differ, for dropout or other noise: call model.eval() first")
 
 
-def _body_function(model):
+def _body_function(body):
     """The body as a function, ({name: parameter}, tokens (B, T)) -> features (B, T, d), and its parameters."""
-    body = copy.deepcopy(model.body)  # functional_call does not give a module that is registered twice its own back
-    theta = {name: parameter.detach() for name, parameter in body.named_parameters()}
-    return lambda theta, tokens: functional_call(body, theta, (tokens,)), theta
+    names = {parameter: name for name, parameter in body.named_parameters()}
+    # All places of each: left to itself, functional_call breaks a module that is registered twice.
+    places = {at: names[p] for path, m in body.named_modules() for at, p in m.named_parameters(path, False, False)}
+    theta = {name: parameter.detach() for parameter, name in names.items()}
 
+    def features(theta, tokens):
+        return functional_call(body, {at: theta[name] for at, name in places.items()}, (tokens,), tie_weights=False)
 
-# ------------------------------------------------------------------------------------------------------- the definition
+    return features, theta
 
 
 def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor, mask2: Tensor) -> Tensor:
@@ -76,191 +83,46 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
 
     With P parameters that is (N + M) V P numbers to hold and N V M V P products to add.
     """
-    W = model.classifier.weight.detach()
+    (features, theta), W = _body_function(model.body), model.classifier.weight.detach()
 
     def jacobian(tokens, mask):  # {name: (N, V, *the parameter's shape)}
-        features, theta = _body_function(model)
         return jacrev(lambda theta: features(theta, tokens)[mask] @ W.T)(theta)
 
     J, J2 = jacobian(tokens, mask), jacobian(tokens2, mask2)
     return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in J)
 
 
-# --------------------------------------------------------------------------------------------------------- the fast way
-#
-# At a first reading skip to the next such line: nothing here changes what the kernel is.
-#
-# A linear layer y_t = A x_t + b is used at every position t, so the gradient of output u in A is a sum of outer
-# products, sum_t g_t x_t^T, with g_t = d output_u / d y_t by backpropagation. Two of them have the inner product
-#
-#     sum_{t,s} (g_t . g'_s) (x_t . x'_s),
-#
-# which takes the inputs x and the backpropagated g of each state and never the gradient itself. The bias is one more
-# input that is always 1. An embedding is a linear layer on one-hot inputs; token and position embedding are summed, so
-# they share one g and are one layer. A LayerNorm's gain and bias are no matrix: their gradient (2d numbers) is written
-# out, as the g of a layer with one position and one input that is 1. Every layer so becomes a pair
-#
-#     inputs (n, T, I) and backprops (n, U, T, O).
-#
-# A body with anything else in it would get a wrong kernel. So the result is checked on random directions (`_holds`).
-
-
-def _record(body, rows):
-    """The features at the end of `rows` (n, T), with a graph, and (module, input, output) of each layer."""
-    calls = []
-
-    def hook(module, arguments, output):
-        if module is body.token_embedding:  # the graph starts here: frozen or not, no parameter is differentiated
-            output = output.detach().requires_grad_()
-        if output.shape[:-1] == rows.shape:  # one vector per token
-            calls.append((module, arguments[0].detach(), output))
-        return output
-
-    layers = [m for m in body.modules() if type(m) is nn.Linear or type(m) is nn.LayerNorm and m.bias is not None]
-    handles = [module.register_forward_hook(hook) for module in (body.token_embedding, *layers)]
-    try:
-        return body(rows)[:, -1], calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.enable_grad()
-def _layers(model, rows):
-    """The states at the end of `rows` (n, T) -> [(inputs (n, T, I), backprops (n, U, T, O))], one pair per layer."""
-    features, calls = _record(model.body, rows)  # (n, d)
-    W = model.classifier.weight.detach()
-    outputs = features @ W.T if len(W) <= W.size(1) else features  # (n, U): the fewer of logits and features
-    ys = [y for _, _, y in calls]
-    backprops = [y.new_empty(len(rows), outputs.size(1), *y.shape[1:]) for y in ys]
-    for u in range(outputs.size(1)):  # one row, one state: the sum over rows keeps them apart
-        gradients = torch.autograd.grad(outputs[:, u].sum(), ys, retain_graph=True, materialize_grads=True)
-        for g, gradient in zip(backprops, gradients, strict=True):
-            g[:, u] = gradient
-    layers = []
-    for (module, x, _), g in zip(calls, backprops, strict=True):
-        if isinstance(module, nn.Embedding):
-            position = torch.arange(rows.size(1)).expand_as(rows)
-            one_hots = F.one_hot(rows, model.config.vocab_size), F.one_hot(position, model.config.block_size)
-            x = torch.cat(one_hots, dim=2).to(g.dtype)
-        elif isinstance(module, nn.LayerNorm):
-            normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)[:, None]
-            g = torch.cat(((g * normalised).sum(2, keepdim=True), g.sum(2, keepdim=True)), dim=3)  # (n, U, 1, 2d)
-            x = g.new_ones(len(rows), 1, 1)
-        elif module.bias is not None:
-            x = F.pad(x, (0, 1), value=1.0)
-        used = g.any(dim=(0, 1, 3))  # (T,): past its attention, the last block has but one position left
-        layers.append((x, g) if used.all() else (x[:, used], g[:, :, used]))
-    return layers
-
-
-def _explicit(x, g):
-    """The same layer with its gradient written out: one position, one input that is 1, and I*O outputs."""
-    return x.new_ones(len(x), 1, 1), torch.einsum("nti,nuto->nuio", x, g).flatten(2)[:, :, None]
-
-
-TILE = 16  # states contracted at once: few enough that what lies between two matrix products stays in the cache
-
-
-def _products(layers, layers2, symmetric):
-    """The kernel (n, U, m, U) between two groups of states; if symmetric, of its halves only the one with n >= m."""
-    (_, g), (_, h) = layers[0], layers2[0]
-    U = g.size(1)
-    kernel = g.new_zeros(len(g), U, len(h), U)
-    for (x, g), (y, h) in zip(layers, layers2, strict=True):
-        if x.size(1) * (y.size(1) + U) > 2 * U * x.size(2):  # many positions, few inputs: cheaper, even to build
-            (x, g), (y, h) = _explicit(x, g), _explicit(y, h)
-        g, h = g.flatten(2), h.permute(0, 2, 3, 1).flatten(2)  # (n, U, T*O), (m, S, O*U): no more copies from here on
-        for m in range(len(y)):  # one state on the right, a tile of them on the left
-            for first in range(m if symmetric else 0, len(x), TILE):
-                tile = slice(first, first + TILE)
-                weighted = x[tile] @ y[m].T @ h[m]  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
-                kernel[tile, :, m] += g[tile] @ weighted.view(len(weighted), g.size(2), U)
-    return kernel
-
-
-def _groups(tokens, mask, block):
-    """The states by position, `block` of them at a time: [[(indices (n,), rows (n, T) at whose end they are)]]."""
-    row, position = mask.nonzero(as_tuple=True)
-    chunks = position.argsort(stable=True).split(block)
-    groups = [[chunk[position[chunk] == p] for p in position[chunk].unique()] for chunk in chunks]
-    return [[(index, tokens[row[index], : position[index[0]] + 1]) for index in group] for group in groups]
-
-
 def empirical_ntk(
-    model: GPT,
-    tokens: Tensor,
-    mask: Tensor,
-    tokens2: Tensor | None = None,
-    mask2: Tensor | None = None,
-    block: int = 64,
+    model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor | None = None, mask2: Tensor | None = None, block=64
 ) -> NTK:
     """The exact NTK (E7) between the N states that `mask` selects of `tokens`, both (B, T), and M others or themselves.
 
     States come in row-major order, several of one row if wanted. A frozen body has the same kernel as a free one, and
-    the model is left as it was. float32 or float64, as the model is.
+    the model is left as it was. float32 or float64, as the model is. `block` states are looked at together: fewer need
+    less memory.
 
-    Cost: U backward passes per state; then, for a layer with O outputs, N M U T (T + U) O multiplications, half of them
-    for a kernel with itself. Explicit gradients take N M U^2 I O: they are used where that is less than half, at long
-    T, and for LayerNorm. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of
-    each, where a Jacobian takes U I O.
-
-    Raises ValueError for bad tokens or masks and for a classifier that is tied, biased or no nn.Linear. If the body is
-    not all linear layers, LayerNorms and embeddings (a layer of another kind, a weight used twice, a hook that changes
-    an output), G comes from its definition, with a warning.
+    Raises ValueError for bad tokens or masks, for a classifier that is tied, biased or no nn.Linear, and for a body
+    that is random, as with dropout. If the body is not all linear layers, embeddings and norms, G comes from its
+    definition, with a warning.
     """
     check_counts(block=block)
     if (tokens2 is None) != (mask2 is None):
         raise ValueError("tokens2 and mask2 go together: one of them is missing")
-    symmetric = tokens2 is None
-    if symmetric:
-        tokens2, mask2 = tokens, mask
-    for some_tokens, some_mask in ((tokens, mask), (tokens2, mask2)):
-        _check_states(model, some_tokens, some_mask)
-    with torch.no_grad():
-        representation = model.features(tokens)[mask] @ model.features(tokens2)[mask2].T  # (N, M)  (E7)
+    sides = [(tokens, mask)] if tokens2 is None else [(tokens, mask), (tokens2, mask2)]
+    for side in sides:
+        _check_states(model, *side)
+    phi = [model.features(tokens)[mask].detach() for tokens, mask in sides]  # (N, d) and, of two sides, (M, d)
     W = model.classifier.weight.detach()
-    (N, M), U = representation.shape, min(W.shape)
-    gradient = W.new_zeros(N, U, M, U)
-    chunks = _groups(tokens, mask, block)
-    chunks2 = chunks if symmetric else _groups(tokens2, mask2, block)
-    for c, chunk in enumerate(chunks):
-        left = [(index, _layers(model, rows)) for index, rows in chunk]
-        for chunk2 in chunks[: c + 1] if symmetric else chunks2:
-            right = left if chunk2 is chunk else [(index, _layers(model, rows)) for index, rows in chunk2]
-            for i, (index, layers) in enumerate(left):
-                for index2, layers2 in left[: i + 1] if right is left else right:
-                    products = _products(layers, layers2, symmetric=layers is layers2)  # (n, U, m, U)
-                    gradient[index[:, None], :, index2] = products.transpose(1, 2)
-    if symmetric:  # the pairs above have the later state, in the groups' order, on the left
-        rank = torch.cat([index for chunk in chunks for index, _ in chunk]).argsort()
-        done = rank[:, None] >= rank  # (N, N)
-        gradient = torch.where(done[:, None, :, None], gradient, gradient.permute(2, 3, 0, 1))
-    if U < len(W):
-        gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
-    if not _holds(model, gradient, (tokens, mask), None if symmetric else (tokens2, mask2)):
-        message = "the body is not all linear layers, LayerNorms and embeddings: G comes from its definition, slowly"
-        warnings.warn(message, stacklevel=2)
-        gradient = gradient_by_definition(model, tokens, mask, tokens2, mask2)
-    return NTK(representation, gradient)
-
-
-def _holds(model, gradient, states, states2):
-    """Whether u^T G u' = <J^T u, J'^T u'> for random u, u' over all states and logits: two plain backward passes."""
-
-    def directions(states, seed):
-        tokens, mask = states
-        features, theta = _body_function(model)
-        phi, backward = vjp(lambda theta: features(theta, tokens)[mask], theta)
-        W = model.classifier.weight.detach()
-        u = torch.randn(len(phi), len(W), dtype=W.dtype, generator=torch.Generator().manual_seed(seed))
-        return u, torch.cat([part.flatten() for part in backward(u @ W)[0].values()])
-
-    u, v = directions(states, 0)
-    u2, v2 = (u, v) if states2 is None else directions(states2, 1)
-    error = torch.einsum("nv,nvmw,mw->", u, gradient, u2) - v @ v2
-    rounding = torch.finfo(gradient.dtype).eps * v.norm() * v2.norm()
-    return error.abs() <= 1000 * rounding  # tests see up to 100 of it; a layer that is left out is far more
+    C = W if len(W) <= W.size(1) else torch.eye(W.size(1), dtype=W.dtype)  # (U, d): the fewer of logits and features
+    states = [(*side, C.expand(len(features), *C.shape)) for side, features in zip(sides, phi, strict=True)]
+    try:
+        gradient = _gradient_products(model.body, block, *states)  # (N, U, M, U)
+        if C is not W:
+            gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
+    except ValueError as unknown:
+        warnings.warn(f"{unknown}: G comes from its definition, slowly", stacklevel=2)
+        gradient = gradient_by_definition(model, *sides[0], *sides[-1])
+    return NTK(phi[0] @ phi[-1].T, gradient)  # (E7)
 
 
 # ------------------------------------------------------------------------------------------------- what an update does
@@ -283,52 +145,15 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     for name, change in update.items():
         if name not in parameters:
             raise ValueError(f"update names {name!r}, which is no parameter of the model")
-        if change.shape != parameters[name].shape or change.dtype != parameters[name].dtype:
-            raise ValueError(
-                f"update of {name} must be {tuple(parameters[name].shape)} {parameters[name].dtype}, "
-                f"not {tuple(change.shape)} {change.dtype}"
-            )
+        wanted, got = (f"{tuple(x.shape)} {x.dtype}" for x in (parameters[name], change))
+        if got != wanted:
+            raise ValueError(f"update of {name} must be {wanted}, not {got}")
     changes = {name: change.detach() for name, change in update.items()}
-    features, theta = _body_function(model)
+    features, theta = _body_function(model.body)
     dtheta = {name: changes.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
     phi, dphi = jvp(lambda theta: features(theta, tokens)[mask], (theta,), (dtheta,))  # (N, d) each
     W = parameters["classifier.weight"]
     return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
-
-
-def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """Who teaches whom: R's and G's part, (N, N) each, of what sampled token i does to log pi of sampled token j,
-
-        A_i g_j^T K(x_j, x_i) g_i,    g = e_y - pi,                                                 (E10)
-
-    to first order and per unit of the step size. `mask` (B, T) selects the states that chose the tokens, the ones after
-    them; `advantages` (B,) are the rows'. Summed over i this is the change of log pi_j in one gradient step on
-    sum_i A_i log pi_i, up to second order (E7). Our derivation.
-
-    R's part is A_i <phi_i, phi_j> <g_i, g_j>; G's is A_i times the inner product of the two tokens' gradients of log pi
-    in the body. So no V x V block is needed. Cost, with P parameters: N backward passes of one row, N^2 P
-    multiplications, N P numbers to hold. ValueError as `empirical_ntk`, and for a state that no token follows.
-    """
-    check_counts(chunk=chunk)
-    _check_states(model, tokens, mask)
-    if mask[:, -1].any():
-        raise ValueError("mask selects the last position, which no token follows")
-    if advantages.shape != mask.shape[:1]:
-        raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
-    (features, theta), W = _body_function(model), model.classifier.weight.detach()
-    row, t = mask.nonzero(as_tuple=True)  # (N,) each
-    here = F.one_hot(t, tokens.size(1))[:, :-1]  # (N, T-1)
-
-    def logp(theta, tokens, here):
-        phi = features(theta, tokens[None])[0, :-1]  # (T-1, d)
-        return (token_logp(phi @ W.T, tokens[1:]) * here).sum()
-
-    gradients = vmap(grad(logp), (None, 0, 0), chunk_size=chunk)(theta, tokens[row], here)
-    gradients = torch.cat([part.flatten(1) for part in gradients.values()], dim=1)  # (N, P)
-    phi = model.features(tokens)[mask].detach()  # (N, d)
-    g = residuals(phi @ W.T, tokens[row, t + 1])  # (N, V)
-    A = advantages[row, None]  # (N, 1)
-    return A * (phi @ phi.T) * (g @ g.T), A * (gradients @ gradients.T)  # (E10)
 
 
 def agreement(R: Tensor, G: Tensor) -> Tensor:
@@ -342,9 +167,7 @@ def agreement(R: Tensor, G: Tensor) -> Tensor:
 
 def _check_change(logits, dlogits):
     if logits.ndim != 2 or logits.shape != dlogits.shape:
-        raise ValueError(
-            f"logits and dlogits must both be (N, V), not {tuple(logits.shape)} and {tuple(dlogits.shape)}"
-        )
+        raise ValueError(f"logits and dlogits must both be (N, V), not {(*logits.shape,)} and {(*dlogits.shape,)}")
 
 
 def entropy_change(logits: Tensor, dlogits: Tensor) -> Tensor:
@@ -385,6 +208,7 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
     Also agreement_prompt and agreement_continuation: the mean `agreement` of the two parts over the first selected
     state of each row (the end of the prompt), and over the others.
     """
+    _check_states(after, tokens, mask)
     update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
     parts = logit_change(before, tokens, mask, update)  # (N, V) twice
     logits, logits_after = before(tokens)[mask], after(tokens)[mask]  # (N, V)
@@ -396,7 +220,195 @@ def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[st
         row[f"{name}_residual"] = change - by_W - by_body
     cosine = agreement(*parts)  # (N,)
     first = (mask.cumsum(dim=1) == 1)[mask]
-    return row | {
-        "agreement_prompt": cosine[first].mean().item(),
-        "agreement_continuation": cosine[~first].mean().item(),
-    }
+    row["agreement_prompt"] = cosine[first].mean().item()
+    row["agreement_continuation"] = cosine[~first].mean().item()
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------- who teaches whom
+
+
+def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Who teaches whom: R's and G's part, (N, N) each, of what sampled token i does to log pi of sampled token j,
+
+        A_i g_j^T K(x_j, x_i) g_i,    g = e_y - pi,                                                 (E10)
+
+    to first order and per unit of the step size. `mask` (B, T) selects the states that chose the tokens, the ones after
+    them; `advantages` (B,) are the rows'. Summed over i this is the change of log pi_j in one gradient step on
+    sum_i A_i log pi_i, up to second order (E7). Our derivation.
+
+    R's part is A_i <phi_i, phi_j> <g_i, g_j>; G's is A_i times the inner product of the two tokens' gradients of log pi
+    in the body, so no V x V block is needed. It takes one backward pass per state, and no gradient is ever held for
+    more than `block` states and one layer. ValueError as `empirical_ntk`, for a state that no token follows, and where
+    `empirical_ntk` would fall back to the definition.
+    """
+    check_counts(block=block)
+    _check_states(model, tokens, mask)
+    if mask[:, -1].any():
+        raise ValueError("mask selects the last position, which no token follows")
+    if advantages.shape != mask.shape[:1]:
+        raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
+    row, t = mask.nonzero(as_tuple=True)  # (N,) each
+    W = model.classifier.weight.detach()
+    phi = model.features(tokens)[mask].detach()  # (N, d)
+    g = residuals(phi @ W.T, tokens[row, t + 1])  # (N, V)
+    A = advantages[row, None]  # (N, 1)
+    C = (g @ W)[:, None]  # (N, 1, d): d log pi = g^T W d phi
+    products = _gradient_products(model.body, block, (tokens, mask, C))[:, 0, :, 0]  # (N, N)
+    return A * (phi @ phi.T) * (g @ g.T), A * products  # (E10)
+
+
+# --------------------------------------------------------------------------------------------------------- the fast way
+#
+# Nothing from here on changes what a kernel is. Both the kernel and influence are C J(x) J(x')^T C'^T for some constant
+# C of U rows per state: W, or the one row g^T W.
+#
+# A linear layer y_t = A x_t + b is used at every position t, so the gradient of output u in A is a sum of outer
+# products, sum_t g_t x_t^T, with g_t = d output_u / d y_t by backpropagation. Two of them have the inner product
+#
+#     sum_{t,s} (g_t . g'_s) (x_t . x'_s),
+#
+# which takes the inputs x and the backpropagated g of each state and never the gradient itself. The bias is one more
+# input that is always 1. An embedding is a linear layer on one-hot inputs, so its x_t . x'_s is whether two tokens are
+# equal. The gain and the bias of a norm act on each feature alone: their gradients, sums over t of g_t times a slope,
+# are written out, and become the g of a layer with one position and one input that is 1. So every layer is a pair
+#
+#     inputs (n, T, I), or tokens (n, T, 1), and backprops (n, U, T, O)
+#
+# for n states, T positions, I inputs, O outputs. All rows of a block are as long as its longest: the body is causal, so
+# g is 0 after a state's own position. A body with anything else in it would get a wrong kernel, so the result is
+# checked on random directions (`_holds`).
+
+
+def _gradient_products(body, block, states, states2=None):
+    """C J J'^T C'^T, (N, U, M, U), between states and states2, each (tokens (B, T), mask (B, T), C (N, U, d)), or among
+    `states` alone. ValueError that names the layers with which it would be wrong.
+
+    Cost: U backward passes per state; then, for a layer with O outputs, N M U T (T + U) O multiplications, half of them
+    among `states` alone. Gradients written out take N M U^2 I O: they are used where that is less, at long T or small
+    U. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of each, and one
+    layer's gradients, U I O, if written out.
+    """
+    chunks, N, U = _chunks(*states, block), *states[2].shape[:2]
+    chunks2, M = (_chunks(*states2, block), len(states2[2])) if states2 else (chunks, N)
+    kernel = states[2].new_empty(N, U, M, U)
+    for c, (index, *chunk) in enumerate(chunks):
+        layers = _layers(body, *chunk)
+        for index2, *chunk2 in chunks2 if states2 else chunks[: c + 1]:
+            products = _products(layers, layers if index2 is index else _layers(body, *chunk2))  # (n, U, m, U)
+            kernel[index[:, None], :, index2] = products.transpose(1, 2)
+            if not states2:
+                kernel[index2[:, None], :, index] = products.permute(2, 0, 3, 1)
+    if not _holds(body, kernel, states, states2 or states):
+        unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m)]
+        reason = ", ".join(unknown) or "one is shared, hooked or not what it seems"
+        raise ValueError(f"the body is not all linear layers, embeddings and norms, each used once ({reason})")
+    return kernel
+
+
+def _chunks(tokens, mask, C, block):
+    """The states, longest first, `block` at a time: [(index (n,), rows (n, T), position (n,), C (n, U, d))]."""
+    row, position = mask.nonzero(as_tuple=True)
+    chunks = position.argsort(descending=True, stable=True).split(block)
+    return [(index, tokens[row[index], : position[index[0]] + 1], position[index], C[index]) for index in chunks]
+
+
+def _is_known(module):
+    """Whether it has a weight matrix and at most a bias, or vectors alone, or nothing, for parameters of its own."""
+    dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
+
+
+@torch.enable_grad()
+def _layers(body, rows, position, C):
+    """[(inputs (n, T, I), backprops (n, U, T, O))] of C phi, C (n, U, d), at the ends of rows (n, T) at `position`."""
+    (n, T), calls = rows.shape, []
+
+    def hook(module, arguments, output):
+        if isinstance(module, nn.Embedding) and output.shape[:-1] in ((T,), (1, T), (n, T)):
+            output = output.detach().expand(n, T, -1)  # that of positions may be the same for all rows
+        if arguments and output.shape[:2] == (n, T):  # else it is left out, as `_holds` will find
+            calls.append((module, arguments[0].detach(), output.requires_grad_()))  # a graph, also of frozen layers
+        return output
+
+    known = [module for module in body.modules() if [*module.parameters(recurse=False)] and _is_known(module)]
+    handles = [module.register_forward_hook(hook) for module in known]
+    try:
+        phi = body(rows)[torch.arange(n), position]  # (n, d)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ys = [y for *_, y in calls]
+
+    def backpropagated(c):  # one row, one state: the gradient of the sum of all <c, phi> keeps them apart
+        return torch.autograd.grad(phi, ys, c, retain_graph=True, materialize_grads=True)
+
+    somewhere = torch.randn(phi.shape, dtype=phi.dtype, generator=torch.Generator().manual_seed(0))
+    starts = [int(g.flatten(2).any(dim=(0, 2)).int().argmax()) for g in backpropagated(somewhere)]
+    backprops = [y.new_empty(n, C.size(1), T - start, *y.shape[2:]) for y, start in zip(ys, starts, strict=True)]
+    for u in range(C.size(1)):
+        for g, start, gradient in zip(backprops, starts, backpropagated(C[:, u]), strict=True):
+            g[:, u] = gradient[:, start:]  # after the last attention, nothing but a state's own position is used
+    layers = []
+    for (module, x, _), start, g in zip(calls, starts, backprops, strict=True):
+        x = x.expand(n, T, *x.shape[2:])[:, start:]
+        if all(parameter.ndim == 1 for parameter in module.parameters(recurse=False)):
+            each = [g * _slope(module, name, x)[:, None] for name, _ in module.named_parameters(recurse=False)]
+            g = torch.cat([gradient.flatten(2, -2).sum(2, keepdim=True) for gradient in each], dim=3)  # (n, U, 1, O)
+            x = x.new_ones(n, 1, 1)
+        else:
+            g = g.flatten(2, -2)
+            x = x.reshape(n, g.size(2), -1)
+            if getattr(module, "bias", None) is not None:
+                x = F.pad(x, (0, 1), value=1.0)
+        layers.append((x, g))
+    return layers
+
+
+def _slope(module, name, x):
+    """The derivative of each output in its own entry of a parameter vector: that of all outputs in direction 1."""
+    vector = module.get_parameter(name).detach()
+    return jvp(lambda vector: functional_call(module, {name: vector}, (x,)), (vector,), (torch.ones_like(vector),))[1]
+
+
+CACHE = 2**20  # numbers between two matrix products: few enough to stay in the processor's cache
+
+
+def _products(layers, layers2):
+    """The products (n, U, m, U) between the states of two chunks, or of one with itself."""
+    (n, U), m = layers[0][1].shape[:2], len(layers2[0][1])
+    kernel = layers[0][1].new_zeros(n, U, m, U)
+    for (x, g), (y, h) in zip(layers, layers2, strict=True):
+        T, S, one_hot = x.size(1), y.size(1), not x.is_floating_point()
+        if not one_hot and 2 * T * (S + U) > x.size(2) * (U + T / n + S / m):  # one large product is twice as fast
+            g, h = (torch.einsum("nti,nuto->nuio", *pair).reshape(len(pair[0]) * U, -1) for pair in ((x, g), (y, h)))
+            kernel.view(n * U, m * U).addmm_(g, h.T)
+            continue
+        g, outputs = g.flatten(2), h.size(3) * U
+        size = min(n, max(1, CACHE // (T * outputs)))  # states on the left at once
+        between = g.new_empty(size * T, outputs)  # one piece of memory for all
+        for j in range(m):
+            right = h[j].permute(1, 2, 0).flatten(1)  # (S, O*U)
+            for first in range(j if layers is layers2 else 0, n, size):
+                tile = slice(first, first + size)
+                alike = (x[tile] == y[j].T).to(g.dtype) if one_hot else x[tile] @ y[j].T  # (tile, T, S)
+                weighted = torch.mm(alike.flatten(0, 1), right, out=between[: len(alike) * T])  # sum_s alike_ts g'_s
+                kernel[tile, :, j] += g[tile] @ weighted.view(len(alike), -1, U)
+    for j in range(m if layers is layers2 else 0):  # of two halves the one with n >= j is there
+        kernel[j, :, j + 1 :] = kernel[j + 1 :, :, j].permute(2, 0, 1)
+    return kernel
+
+
+def _holds(body, kernel, states, states2):
+    """Whether u^T kernel u' = <J^T C^T u, J'^T C'^T u'> for random u, u': two plain backward passes over all states."""
+    sides = []
+    for seed, (tokens, mask, C) in enumerate((states, states2)):
+        features, theta = _body_function(body)
+        phi, backward = vjp(lambda theta: features(theta, tokens)[mask], theta)  # noqa: B023
+        u = torch.randn(C.shape[:2], dtype=C.dtype, generator=torch.Generator().manual_seed(seed))
+        gradients = backward(torch.einsum("nu,nud->nd", u, C))[0]
+        sides.append((u.flatten(), torch.cat([gradient.flatten() for gradient in gradients.values()])))
+    (u, v), (u2, v2) = sides
+    error = u @ kernel.view(len(u), len(u2)) @ u2 - v @ v2
+    rounding = torch.finfo(kernel.dtype).eps * v.norm() * v2.norm()
+    return error.abs() <= 1000 * rounding  # tests see up to 100 of it; a layer that is left out is far more

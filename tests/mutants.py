@@ -100,7 +100,7 @@ MUTANTS = [
     ("experiments/arms.py", "return replace(arm, stages=stages)", "return arm", "test_arms"),
     ("experiments/arms.py", "(?:e[+-]?[0-9]+)?)\"", "(?:e-?[0-9]+)?)\"", "test_order"),
     ("experiments/arms.py", "cf_rl(self)  # these check", "pass  # these check", "test_arms"),
-    ("experiments/arms.py", "\"lp-ft\": Arm(lambda config: (), imitation=cf_rl)", "\"lp-ft\": Arm(nothing, imitation=plain)", "test_arms"),
+    ("experiments/arms.py", "\"lp-ft\": Arm(lambda config: (), imitation=cf_rl)", "\"lp-ft\": Arm(lambda config: (), imitation=plain)", "test_arms"),
     ("minicfrl.py", "if p is not W], \"lr\": stage.lr}", "if p is not W], \"lr\": classifier_lr}", "test_train"),
     ("minicfrl.py", "trained = [p for name, p in named if stage.trains", "trained = [p for name, p in named if p is W or stage.trains", "test_train"),
     ("ntk.py", "F.cosine_similarity(R, both, dim=1)", "F.cosine_similarity(*parts, dim=1)", "test_one_update"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from minicfrl import token_logp
 from model import GPT, GPTConfig
-from ntk import empirical_ntk, gradient_by_definition, logit_change
+from ntk import empirical_ntk, gradient_by_definition, influence, logit_change, microscope
 
 EXACT = 1e-12  # relative to the largest entry: sums of some hundred products in float64
 
@@ -187,8 +187,13 @@ def test_the_model_is_left_as_it_was_and_frozen_parameters_count():
 # -------------------------------------------------------------------------------------------------- what is unsupported
 
 
+def with_one_more(tokens, mask):
+    """The same rows and one more token, which `influence` asks for."""
+    return nn.functional.pad(tokens, (0, 1)), nn.functional.pad(mask, (0, 1))
+
+
 class Scale(nn.Module):
-    """A layer that ntk.py does not know."""
+    """A gain of another name."""
 
     def __init__(self, d):
         super().__init__()
@@ -217,18 +222,80 @@ class Doubled(nn.Linear):
 
 
 class PerHead(nn.Module):
-    """A LayerNorm of each half of the features: its outputs are no vector per token."""
+    """A layer for each half of the features: its outputs are no vector per token."""
 
-    def __init__(self):
+    def __init__(self, layer):
         super().__init__()
-        self.norm = nn.LayerNorm(4)
+        self.layer = layer
 
     def forward(self, x):
-        return self.norm(x.unflatten(2, (2, 4))).flatten(2)
+        return self.layer(x.unflatten(2, (2, 4))).flatten(2)
+
+
+class AllAtOnce(nn.Linear):
+    """A linear layer that sees the tokens of all rows as one."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x.flatten(0, 1)).view_as(x) + super().forward(x)
+
+
+class Mixing(nn.Module):
+    """A gain that acts on its neighbour."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, d))
+
+    def forward(self, x):
+        return x * self.gain * self.gain.roll(1)
+
+
+class Conv1D(nn.Module):
+    """A linear layer as GPT-2 has it in transformers: weight (in, out)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / 4), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class OnePlus(nn.Module):
+    """An RMS norm as Gemma has it: 1 + w is the gain."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d))
+
+    def forward(self, x):
+        return x * x.square().mean(dim=-1, keepdim=True).rsqrt() * (1 + self.weight)
+
+
+class Table(nn.Module):
+    """Positions as a parameter of their own, of another name."""
+
+    def __init__(self, num_embeddings, d):
+        super().__init__()
+        self.num_embeddings, self.table = num_embeddings, nn.Parameter(torch.randn(num_embeddings, d))
+
+    def forward(self, positions):
+        return self.table[positions]
+
+
+class Positions(nn.Embedding):
+    """An embedding of positions whose output has one row for all: (1, T, d)."""
+
+    def forward(self, positions):
+        return super().forward(positions[None])
 
 
 def with_an_unknown_layer(body):
-    body.blocks[0].mlp[1] = Scale(32)
+    body.blocks[0].mlp[1] = Mixing(32)
 
 
 def with_a_layer_called_twice(body):
@@ -247,12 +314,12 @@ def with_a_subclass(body):
     body.blocks[0].attention.proj = Doubled(8, 8)
 
 
-def with_a_norm_without_bias(body):
-    body.norm = nn.LayerNorm(8, bias=False)
+def with_a_layer_of_all_tokens_at_once(body):
+    body.blocks[0].attention.proj = AllAtOnce()
 
 
-def with_a_norm_per_head(body):
-    body.blocks[1].attention_norm = PerHead()
+def with_a_table_that_is_no_embedding(body):
+    body.position_embedding = Table(6, 8)
 
 
 def with_a_hook_that_ablates(body):
@@ -271,8 +338,8 @@ def with_an_embedding_that_ignores_a_token(body):
         with_a_layer_in_two_places,
         with_a_shared_weight,
         with_a_subclass,
-        with_a_norm_without_bias,
-        with_a_norm_per_head,
+        with_a_layer_of_all_tokens_at_once,
+        with_a_table_that_is_no_embedding,
         with_a_hook_that_ablates,
         with_an_embedding_that_ignores_a_token,
     ],
@@ -289,8 +356,43 @@ def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warnin
         with pytest.warns(UserWarning, match="^the body is not all linear layers"):
             kernel = empirical_ntk(model, tokens, mask, *right)
         assert_equal(kernel.gradient, oracle(model, tokens, mask, *right))
+    with pytest.raises(ValueError, match="^the body is not all linear layers"):
+        influence(model, *with_one_more(tokens, mask), torch.ones(2))
     logit_change(model, tokens, mask, {})
     assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def test_the_layer_that_is_not_known_is_named():
+    model = tiny_gpt(0)
+    with_a_table_that_is_no_embedding(model.body)
+    with pytest.raises(ValueError, match="each used once .Table position_embedding.$"):
+        influence(model.double(), *with_one_more(*states(model, 2, 4, 0)), torch.ones(2))
+
+
+def with_rms_norms(body):
+    body.blocks[0].attention_norm, body.norm = nn.RMSNorm(8), OnePlus(8)
+    nn.init.normal_(body.blocks[0].attention_norm.weight)
+
+
+def with_a_norm_without_bias(body):
+    body.norm = nn.LayerNorm(8, bias=False)
+    nn.init.normal_(body.norm.weight)
+
+
+def with_layers_per_head(body):
+    body.blocks[1].attention_norm, body.blocks[1].attention.proj = PerHead(nn.LayerNorm(4)), PerHead(nn.Linear(4, 4))
+
+
+def with_a_gain(body):
+    body.blocks[0].mlp[1] = Scale(32)
+
+
+def with_a_linear_layer_of_gpt_2(body):
+    body.blocks[0].mlp[0] = Conv1D(8, 32)
+
+
+def with_positions_of_one_row(body):
+    body.position_embedding = Positions(6, 8)
 
 
 def without_biases(body):
@@ -312,14 +414,25 @@ def with_a_frozen_embedding(body):
 
 @pytest.mark.parametrize(
     "change",
-    [without_biases, with_a_norm_without_parameters, with_a_branch_that_is_zero, with_a_frozen_embedding],
+    [
+        with_rms_norms,
+        with_a_norm_without_bias,
+        with_layers_per_head,
+        with_a_gain,
+        with_a_linear_layer_of_gpt_2,
+        with_positions_of_one_row,
+        without_biases,
+        with_a_norm_without_parameters,
+        with_a_branch_that_is_zero,
+        with_a_frozen_embedding,
+    ],
 )
 def test_what_the_fast_way_does_know_needs_no_warning(change):
     torch.manual_seed(0)
     model = tiny_gpt(0)
     change(model.body)
     tokens, mask = states(model, 2, 4, 0)
-    kernel = empirical_ntk(model, tokens, mask)  # a warning would fail the test
+    kernel = empirical_ntk(model.double(), tokens, mask)  # a warning would fail the test
     model.requires_grad_()
     assert_equal(kernel.gradient, oracle(model, tokens, mask))
 
@@ -400,6 +513,72 @@ def test_bad_states_are_refused_in_one_sentence(tokens, mask, message):
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match="use torch.no_grad"):
         empirical_ntk(tiny_gpt(0), TOKENS, MASK)
+
+
+def every_call(model, tokens, mask):
+    """All that differentiates a body, each as a function without arguments."""
+    return (
+        lambda: empirical_ntk(model, tokens, mask),
+        lambda: empirical_ntk(tiny_gpt(0), tokens, mask, tokens, mask) and empirical_ntk(model, tokens, mask),
+        lambda: logit_change(model, tokens, mask, {}),
+        lambda: influence(model, tokens, mask & (torch.arange(mask.size(1)) < 3), torch.ones(len(tokens))),
+        lambda: microscope(model, model, tokens, mask),
+        lambda: microscope(tiny_gpt(0), model, tokens, mask),
+    )
+
+
+def test_autocast_is_refused():
+    """It would return a kernel in bfloat16, with 3 digits, and say nothing."""
+    for call in every_call(tiny_gpt(0).float(), TOKENS, MASK):
+        with torch.autocast("cpu"), pytest.raises(ValueError, match="torch.autocast rounds"):
+            call()
+
+
+class Noise(nn.Module):
+    """Dropout by another name, which no list of layers would know, and in eval() too."""
+
+    def forward(self, x):
+        return x + 1e-3 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), Noise()])
+def test_a_random_body_is_refused(layer):
+    """Else the microscope of no update at all reports a change, and a kernel is that of one draw."""
+    model = tiny_gpt(0)
+    model.body.blocks[0].mlp.append(layer)
+    for call in every_call(model, TOKENS, MASK):
+        with pytest.raises(ValueError, match="two passes of the body differ"):
+            call()
+    model.body.blocks[0].mlp[-1] = nn.Dropout(0.1).eval()
+    assert microscope(model, model, TOKENS, MASK)["entropy_change"] == 0.0
+
+
+class Keeping(nn.Module):
+    """A layer that remembers its last output, which copy.deepcopy refuses to copy."""
+
+    def forward(self, x):
+        self.last = x
+        return x
+
+
+def test_a_body_that_keeps_its_features_and_one_with_a_parametrized_weight_have_a_kernel():
+    torch.manual_seed(0)
+    model = tiny_gpt(0)
+    tokens, mask = states(model, 2, 4, 0)
+    model.body.norm = nn.Sequential(model.body.norm, Keeping())
+    model(tokens)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    assert_equal(empirical_ntk(model, tokens, mask).gradient, oracle(model, tokens, mask))
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    J = gradients_of_logits(model, tokens, mask, list(model.body.parameters()))
+    change = torch.cat([update[f"body.{name}"].flatten() for name, _ in model.body.named_parameters()])
+    assert_equal(logit_change(model, tokens, mask, update)[1], J @ change)
+    assert torch.equal(model(tokens), model(tokens))  # and it can be used as before
+    nn.utils.parametrize.register_parametrization(model.body.blocks[0].attention.proj, "weight", nn.Tanh())
+    with pytest.warns(UserWarning, match="ParametrizationList blocks.0.attention.proj.parametrizations.weight"):
+        kernel = empirical_ntk(model, tokens, mask)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask))
 
 
 def test_half_a_second_set_and_a_bad_block_are_refused():

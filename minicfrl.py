@@ -33,9 +33,9 @@ class Stage:
     """A part of a run: so many updates, what they train and how fast. ValueError for unusable values."""
 
     steps: int  # optimiser steps: not micro-batches, not epochs
-    trains: str = "all"  # or "classifier", or the beginning of parameter names: "body", "body.blocks.1", "body.norm"
+    trains: str = "all"  # or "classifier", or how names begin, up to a dot: "body", "body.blocks.1", "body.norm"
     lr: float = 4e-4  # learning rate of what is trained
-    classifier_lr: float | None = None  # that of W, if it has one of its own
+    classifier_lr: float | None = None  # that of W, if W is trained at another
 
     def __post_init__(self):
         _check_stage(self)
@@ -43,10 +43,11 @@ class Stage:
 
 def two_stages(steps=80, classifier_steps=20, lr=4e-4, classifier_lr=8e-3, trains="classifier") -> tuple[Stage, ...]:
     """CF-RL: of all `steps` updates the first `classifier_steps` train W alone, at a rate of its own, the rest
-    everything at `lr`. The rate is the point: here it is 20 times `lr`, and at `lr` CF-RL is slower than plain RL.
+    everything at `lr`. Its rate matters most: here it is 20 times `lr`, and at `lr` CF-RL is slower than plain RL.
 
-    trains="all" makes the **matched control**: the same rates, the same fresh optimiser, and nothing is frozen.
-    classifier_steps=0 makes plain RL, of one stage. ValueError unless 0 <= classifier_steps <= steps.
+    So is it the rate that helps, or the freezing? trains="all" makes the **matched control**: the same rates, the same
+    fresh optimiser, and nothing is frozen. classifier_steps=0 makes plain RL, of one stage. ValueError unless
+    0 <= classifier_steps <= steps.
     """
     right = type(classifier_steps) is int and 0 <= classifier_steps <= steps
     check(right, f"classifier_steps={classifier_steps!r} is not between 0 and steps={steps}")
@@ -127,17 +128,18 @@ def classifier_gradient(
     `policy_gradient_loss`. Our derivation. ValueError for shapes that disagree.
     """
     N = _count_tokens(count, mask, advantages, features=features, logits=logits, actions=actions)
-    weights = (advantages[:, None] * mask)[mask]  # (N,)
-    g = residuals(logits[mask], actions[mask])  # (N, V)
+    weights = (advantages[:, None] * mask)[mask]  # (n,), the states of these rows that chose a response token
+    g = residuals(logits[mask], actions[mask])  # (n, V)
     return -(weights[:, None] * g).T @ features[mask] / N  # (V, d)  (E4)
 
 
 def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, samples: int) -> Tensor:
     """log pi(y) - log pi_ref(y) of whole responses, minus the group's mean: (R, L) three times -> (P, G) in nats  (E6).
 
-    Subtracting lambda times this from the advantages descends lambda (G-1)/G KL(pi || pi_ref); the factor is there
-    because a sample is part of its mean. It is a difference of logs, treated as a constant, and it comes AFTER the
-    rewards are normalised: inside, the std would blow it up to full strength in every solved group. Our derivation:
+    Subtracting lambda times this from the advantages of (E3) descends lambda KL(pi || pi_ref), times (G-1)/G, since a
+    sample is part of its mean, and over the responses' mean length. It is a difference of logs, treated as a constant,
+    and comes AFTER the rewards are normalised: inside, the std would blow it up to full strength in every solved group.
+    Our derivation:
     grad KL = E[log(pi/pi_ref) grad log pi] + E[grad log pi], and the last term is 0.
     """
     ratio = (logp - reference_logp).masked_fill(~mask, 0.0).sum(dim=1).view(-1, samples)  # (P, G)
@@ -150,12 +152,13 @@ SLICE = 128  # rows scored at once
 def _backward(model, batch, advantages, stage, trained):
     """Leave the gradient of (E3), in a stage of W alone by (E4), in `.grad` of the parameters `trained`.
 
-    All others have none. Frozen means None: with a gradient of 0 Adam's momentum would go on moving them. Rows without
-    advantage add exactly nothing, so only the others are scored, a slice at a time: with one N the slices add up.
+    All others have none: frozen means None, for an optimiser that knew them would, by its momentum, move what has a
+    gradient of 0. Rows without advantage add exactly nothing, so only the others are scored, a slice at a time: with
+    one N the slices add up.
     """
     W, count = model.classifier.weight, int(batch.mask.sum())
     model.zero_grad()
-    for rows in advantages.nonzero().flatten().split(SLICE):  # if there is none, one empty slice: a gradient of zeros
+    for rows in advantages.nonzero().flatten().split(SLICE):  # if there is none, one empty slice: zeros, and a step
         tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
         if stage.trains == "classifier":
             with torch.no_grad():  # nothing is differentiated
@@ -181,15 +184,18 @@ def _descend(optimizer):
 
 
 def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
-    """RL in stages (E5). CF-RL has two: W alone, then W and the body together.
+    """RL in stages. CF-RL has two, in which W and the body theta follow the gradient of (E3),
 
-    A stage begins with a fresh optimiser, fresh for ALL parameters: so stage 2 IS ordinary RL from the policy that
-    stage 1 left, and CF-RL differs from its control in the freezing alone.
+        stage 1:  W <- step(W, dL/dW)        stage 2:  (W, theta) <- step((W, theta), dL/d(W, theta))         (E5)
+
+    each with a fresh optimiser, fresh for ALL parameters: so stage 2 IS ordinary RL from the policy that stage 1 left,
+    and CF-RL differs from its control in the freezing alone. `generator` draws prompts and responses.
 
     Yields one record per update: step; stage (1, 2, ...); reward (mean over the batch, before the update); entropy
     (exact, mean over the batch's states, nats); flat (share of rows without advantage); gradient_norm; tokens (sampled
     in this update). FloatingPointError, naming step and quantity, rather than train on what is not finite.
     """
+    check(isinstance(generator, torch.Generator), f"RL samples, so it needs a torch.Generator, not {generator!r}")
     reference, step = copy.deepcopy(model) if config.kl else None, 0
     for number, stage in enumerate(config.stages, start=1):
         optimizer = _optimizer(model, stage, config.optimizer)  # (E5)

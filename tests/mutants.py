@@ -28,7 +28,7 @@ SECONDS = 120  # for the tests of a row; what hangs is as dead as what fails
 MUTANTS = [
     ("model.py", "triu(S - T + 1)", "triu(S - T + 2)", "test_model"),
     ("model.py", "-math.inf", "-4.0", "test_model"),
-    ("model.py", "weight[start:end]", "weight[: end - start]", "test_model"),
+    ("model.py", "torch.arange(start, end,", "torch.arange(0, end - start,", "test_model"),
     ("model.py", "last.softmax(1)", "(last / 0.9).softmax(1)", "test_model"),
     ("model.py", "mask = torch.cat((mask, ~ended[:, None]), dim=1)", "mask = torch.cat((mask, token != end_token), dim=1)", "test_model"),
     ("model.py", "bias=False", "bias=True", "test_model"),
@@ -56,6 +56,7 @@ MUTANTS = [
     ("minicfrl.py", "stage.lr if stage.classifier_lr is None else stage.classifier_lr", "stage.lr", "test_train"),
     ("minicfrl.py", "f\"{name}.\".startswith(f\"{stage.trains}.\")", "name.startswith(\"classifier\")", "test_train"),
     ("minicfrl.py", "f\"{name}.\".startswith(f\"{stage.trains}.\")", "name.startswith(stage.trains)", "test_train"),
+    ("minicfrl.py", "check(isinstance(generator, torch.Generator),", "check(True,", "test_train"),
     ("minicfrl.py", "    check(trained, f\"trains={stage.trains!r} names no parameter of the model that can be trained\")\n", "", "test_train"),
     ("minicfrl.py", "named_parameters() if p.requires_grad]", "named_parameters()]", "test_train"),
     ("minicfrl.py", "_parameters(optimizer) if p.grad is not None]).item()", "_parameters(optimizer)]).item()", "test_train"),

@@ -782,3 +782,9 @@ def test_every_rate_is_checked(name, make, bad):
     settings = {"steps": 1, name: bad} if make is Stage else {name: bad}
     with pytest.raises(ValueError, match=f"{name} must be finite and not negative, not {bad}|{name}={bad} or mixture"):
         make(**settings)
+
+
+def test_rl_without_a_generator_is_refused_for_it_would_be_greedy():
+    """All samples of a group would be one: nothing to compare, and nothing said."""
+    with pytest.raises(ValueError, match="RL samples, so it needs a torch.Generator, not None"):
+        next(train_rl(policy(0), TinyTask(REWARDS), fast(2), None))

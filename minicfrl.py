@@ -38,7 +38,10 @@ class Stage:
     classifier_lr: float | None = None  # that of W, if W is trained at another
 
     def __post_init__(self):
-        _check_stage(self)
+        check_counts(steps=self.steps)
+        _check_rates(lr=self.lr, classifier_lr=self.classifier_lr or 0.0)
+        named = isinstance(self.trains, str) and self.trains
+        check(named, f"trains must be all, classifier or the beginning of names, not {self.trains!r}")
 
 
 def two_stages(steps=80, classifier_steps=20, lr=4e-4, classifier_lr=8e-3, trains="classifier") -> tuple[Stage, ...]:
@@ -117,9 +120,7 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
     return -(advantages[:, None] * logp.masked_fill(~mask, 0.0)).sum() / N  # (E3)
 
 
-def classifier_gradient(
-    features: Tensor, logits: Tensor, actions: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None
-) -> Tensor:
+def classifier_gradient(features, logits, actions, advantages, mask, count: int | None = None) -> Tensor:
     """The gradient of (E3) with respect to W for fixed features, by hand: all that stage 1 needs  (E4).
 
     d log pi(y) / d logits = e_y - pi, and logits = W phi, so  dL/dW = -1/N sum_i A_i sum_t (e_{y_it} - pi_it) phi_it^T.
@@ -217,15 +218,9 @@ def train_rl(model: GPT, task, config: RLConfig, generator) -> Iterator[dict]:
                 # Gradient and step.
                 _backward(model, batch, advantages.flatten(), stage, _parameters(optimizer))
                 gradient_norm = _descend(optimizer)
-            yield {
-                "step": step,
-                "stage": number,
-                "reward": rewards.mean().item(),
-                "entropy": entropy(batch.state_logits).mean().item(),
-                "flat": 1 - (advantages != 0).float().mean().item(),
-                "gradient_norm": gradient_norm,
-                "tokens": int(batch.mask.sum()),
-            }
+            seen = {"reward": rewards.mean().item(), "entropy": entropy(batch.state_logits).mean().item()}
+            seen |= {"flat": 1 - (advantages != 0).float().mean().item(), "tokens": int(batch.mask.sum())}
+            yield {"step": step, "stage": number, "gradient_norm": gradient_norm, **seen}
 
 
 def _optimizer(model, stage, kind, **settings):
@@ -308,10 +303,9 @@ class SFTConfig:
     def __post_init__(self):
         _check_stages(self.stages)
         check_counts(rows=self.rows)
-        one_each = len(self.mixture) == len(Addition.patterns)
+        one_each = len(self.mixture) == len(Addition.patterns) and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
         check(one_each, f"mixture={self.mixture} does not give one share for each of {Addition.patterns}")
-        in_range = 0 <= self.noise <= 1 and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
-        check(in_range, f"noise={self.noise} or mixture={self.mixture} is out of range")
+        check(0 <= self.noise <= 1, f"noise must lie between 0 and 1, not {self.noise}")
 
 
 def _demonstrations(task, config, generator):
@@ -426,8 +420,7 @@ class Addition:
         """What a response gives as its answer: all that follows d or g, what follows the only `;` of s, or None."""
         pattern, rest = response[:1], response[1:]
         if pattern == "s":
-            _, *rest = rest.split(";")
-            return rest[0] if len(rest) == 1 else None
+            return rest.partition(";")[2] if rest.count(";") == 1 else None
         return rest if pattern in ("d", "g") else None
 
     def verify(self, prompt: str, response: str) -> float:
@@ -479,13 +472,6 @@ def _check_rates(**rates):
         check(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
 
 
-def _check_stage(stage):
-    check_counts(steps=stage.steps)
-    _check_rates(lr=stage.lr, classifier_lr=stage.classifier_lr or 0.0)
-    named = isinstance(stage.trains, str) and stage.trains
-    check(named, f"trains must be all, classifier or the beginning of names, not {stage.trains!r}")
-
-
 def _check_stages(stages):
     right = isinstance(stages, tuple) and stages and all(isinstance(stage, Stage) for stage in stages)
     check(right, f"stages must be a tuple of Stage, at least one, not {stages!r}")
@@ -513,9 +499,8 @@ def _check_rewards(rewards, kind):
 def _count_tokens(count, mask, advantages, **others):
     """N of (E3): the `count` that is given, or the mask's tokens. ValueError if there are none, or for shapes."""
     shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
-    right = mask.ndim == 2 and mask.dtype == torch.bool and advantages.shape == mask.shape[:1]
-    right = right and all(other.shape[:2] == mask.shape for other in others.values())
-    check(right, f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
+    right = mask.ndim == 2 and mask.dtype == torch.bool and all(x.shape[:2] == mask.shape for x in others.values())
+    check(right and advantages.shape == mask.shape[:1], f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
     count = int(mask.sum()) if count is None else count
     check(count >= 1, "mask selects no token")
     return count

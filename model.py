@@ -185,8 +185,7 @@ def sample(
     """
     check_tokens(model, prompts)
     check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
-    vocab_size = model.config.vocab_size
-    check(0 <= end_token < vocab_size, f"end token {end_token} is outside the vocabulary of {vocab_size}")
+    check(0 <= end_token < model.config.vocab_size, f"end token {end_token} is outside the vocabulary")
     cache = [[] for _ in model.body.blocks]
     logits = [model.classifier(model.body(prompts, cache)).repeat_interleave(samples, dim=0)]  # each prompt read once
     for keys_and_values in cache:

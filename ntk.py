@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp
 
-from model import GPT, check_counts, check_tokens, confidence, entropy, residuals
+from model import GPT, check, check_counts, check_tokens, confidence, entropy, residuals
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,21 @@ def _check_states(model, tokens, mask):
     """Raise ValueError unless `mask` selects states of `tokens` and the logits are W phi, W no part of the body, and
     phi the same at every call."""
     check_tokens(model, tokens)
-    if mask.shape != tokens.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
-    if not mask.any():
-        raise ValueError("mask selects no state")
-    if tokens.is_inference() or torch.is_inference_mode_enabled():
-        raise ValueError("nothing can be differentiated in torch.inference_mode: use torch.no_grad")
-    if type(model.classifier) is not nn.Linear or model.classifier.bias is not None:
-        raise ValueError(f"the classifier must be nn.Linear with bias=False, else K is not R + G: {model.classifier}")
+    fits = mask.shape == tokens.shape and mask.dtype == torch.bool
+    check(fits, f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
+    check(mask.any(), "mask selects no state")
+    inference = tokens.is_inference() or torch.is_inference_mode_enabled()
+    check(not inference, "nothing can be differentiated in torch.inference_mode: use torch.no_grad")
+    plain = type(model.classifier) is nn.Linear and model.classifier.bias is None
+    check(plain, f"the classifier must be nn.Linear with bias=False, else K is not R + G: {model.classifier}")
     W = model.classifier.weight
-    if W.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the kernel needs a model in float32 or float64, not {W.dtype}")
-    if torch.is_autocast_enabled(W.device.type):
-        raise ValueError("torch.autocast rounds what is computed here to half precision: leave it first")
+    exact = W.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(W.device.type)
+    check(exact, f"the kernel needs float32 or float64 without torch.autocast, and the model is in {W.dtype}")
     for name, parameter in model.body.named_parameters():
-        if parameter.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
-            raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
-    if not torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True):
-        raise ValueError("two passes of the body differ, for dropout or other noise: call model.eval() first")
+        apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
+        check(apart, f"the classifier is tied to body.{name}, so K is not R + G: untie them")
+    same = torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True)
+    check(same, "two passes of the body differ, for dropout or other noise: call model.eval() first")
 
 
 def _body_function(body):
@@ -92,9 +89,7 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
     return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in J)
 
 
-def empirical_ntk(
-    model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor | None = None, mask2: Tensor | None = None, block=64
-) -> NTK:
+def empirical_ntk(model: GPT, tokens: Tensor, mask: Tensor, tokens2=None, mask2=None, block: int = 64) -> NTK:
     """The exact NTK (E7) between the N states that `mask` selects of `tokens`, both (B, T), and M others or themselves.
 
     States come in row-major order, several of one row if wanted. A frozen body has the same kernel as a free one, and
@@ -106,8 +101,7 @@ def empirical_ntk(
     definition, with a warning.
     """
     check_counts(block=block)
-    if (tokens2 is None) != (mask2 is None):
-        raise ValueError("tokens2 and mask2 go together: one of them is missing")
+    check((tokens2 is None) == (mask2 is None), "tokens2 and mask2 go together: one of them is missing")
     sides = [(tokens, mask)] if tokens2 is None else [(tokens, mask), (tokens2, mask2)]
     for side in sides:
         _check_states(model, *side)
@@ -115,13 +109,12 @@ def empirical_ntk(
     W = model.classifier.weight.detach()
     C = W if len(W) <= W.size(1) else torch.eye(W.size(1), dtype=W.dtype)  # (U, d): the fewer of logits and features
     states = [(*side, C.expand(len(features), *C.shape)) for side, features in zip(sides, phi, strict=True)]
-    try:
-        gradient = _gradient_products(model.body, block, *states)  # (N, U, M, U)
-        if C is not W:
-            gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
-    except ValueError as unknown:
-        warnings.warn(f"{unknown}: G comes from its definition, slowly", stacklevel=2)
+    gradient = _gradient_products(model.body, block, *states)  # (N, U, M, U)
+    if gradient is None:
+        warnings.warn(f"{_misfit(model.body)}: G comes from its definition, slowly", stacklevel=2)
         gradient = gradient_by_definition(model, *sides[0], *sides[-1])
+    elif C is not W:
+        gradient = torch.einsum("va,namb,wb->nvmw", W, gradient, W)
     return NTK(phi[0] @ phi[-1].T, gradient)  # (E7)
 
 
@@ -143,31 +136,28 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     _check_states(model, tokens, mask)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, change in update.items():
-        if name not in parameters:
-            raise ValueError(f"update names {name!r}, which is no parameter of the model")
+        check(name in parameters, f"update names {name!r}, which is no parameter of the model")
         wanted, got = (f"{tuple(x.shape)} {x.dtype}" for x in (parameters[name], change))
-        if got != wanted:
-            raise ValueError(f"update of {name} must be {wanted}, not {got}")
-    changes = {name: change.detach() for name, change in update.items()}
+        check(got == wanted, f"update of {name} must be {wanted}, not {got}")
+    changes = {name: update.get(name, torch.zeros_like(old)).detach() for name, old in parameters.items()}
     features, theta = _body_function(model.body)
-    dtheta = {name: changes.get(f"body.{name}", torch.zeros_like(parameter)) for name, parameter in theta.items()}
+    dtheta = {name: changes[f"body.{name}"] for name in theta}
     phi, dphi = jvp(lambda theta: features(theta, tokens)[mask], (theta,), (dtheta,))  # (N, d) each
-    W = parameters["classifier.weight"]
-    return phi @ changes.get("classifier.weight", torch.zeros_like(W)).T, dphi @ W.T  # (E8)
+    return phi @ changes["classifier.weight"].T, dphi @ parameters["classifier.weight"].T  # (E8)
 
 
-def agreement(R: Tensor, G: Tensor) -> Tensor:
+def agreement(by_W: Tensor, by_body: Tensor) -> Tensor:
     """How far the representation part of (E8) alone points where the whole change does: (N, V) both -> (N,) cosines.
 
     Less their means over the vocabulary, which no probability sees.
     """
-    R, both = (part - part.mean(dim=1, keepdim=True) for part in (R, R + G))
-    return F.cosine_similarity(R, both, dim=1)
+    by_W, both = (part - part.mean(dim=1, keepdim=True) for part in (by_W, by_W + by_body))
+    return F.cosine_similarity(by_W, both, dim=1)
 
 
 def _check_change(logits, dlogits):
-    if logits.ndim != 2 or logits.shape != dlogits.shape:
-        raise ValueError(f"logits and dlogits must both be (N, V), not {(*logits.shape,)} and {(*dlogits.shape,)}")
+    right = logits.ndim == 2 and logits.shape == dlogits.shape
+    check(right, f"logits and dlogits must both be (N, V), not {(*logits.shape,)} and {(*dlogits.shape,)}")
 
 
 def entropy_change(logits: Tensor, dlogits: Tensor) -> Tensor:
@@ -238,24 +228,22 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
     sum_i A_i log pi_i, up to second order (E7). Our derivation.
 
     R's part is A_i <phi_i, phi_j> <g_i, g_j>; G's is A_i times the inner product of the two tokens' gradients of log pi
-    in the body, so no V x V block is needed. It takes one backward pass per state, and no gradient is ever held for
-    more than `block` states and one layer. ValueError as `empirical_ntk`, for a state that no token follows, and where
-    `empirical_ntk` would fall back to the definition.
+    in the body, so no V x V block is needed; by inputs and backprops (below) no gradient is held either. ValueError as
+    `empirical_ntk`, for a state that no token follows, and where `empirical_ntk` would fall back to the definition.
     """
     check_counts(block=block)
     _check_states(model, tokens, mask)
-    if mask[:, -1].any():
-        raise ValueError("mask selects the last position, which no token follows")
-    if advantages.shape != mask.shape[:1]:
-        raise ValueError(f"advantages {tuple(advantages.shape)} do not fit tokens {tuple(tokens.shape)}")
+    check(not mask[:, -1].any(), "mask selects the last position, which no token follows")
+    check(advantages.shape == mask.shape[:1], f"advantages {(*advantages.shape,)} do not fit tokens {(*tokens.shape,)}")
     row, t = mask.nonzero(as_tuple=True)  # (N,) each
     W = model.classifier.weight.detach()
     phi = model.features(tokens)[mask].detach()  # (N, d)
     g = residuals(phi @ W.T, tokens[row, t + 1])  # (N, V)
     A = advantages[row, None]  # (N, 1)
     C = (g @ W)[:, None]  # (N, 1, d): d log pi = g^T W d phi
-    products = _gradient_products(model.body, block, (tokens, mask, C))[:, 0, :, 0]  # (N, N)
-    return A * (phi @ phi.T) * (g @ g.T), A * products  # (E10)
+    products = _gradient_products(model.body, block, (tokens, mask, C))  # (N, 1, N, 1)
+    check(products is not None, _misfit(model.body))
+    return A * (phi @ phi.T) * (g @ g.T), A * products[:, 0, :, 0]  # (E10)
 
 
 # --------------------------------------------------------------------------------------------------------- the fast way
@@ -271,7 +259,7 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
 # which takes the inputs x and the backpropagated g of each state and never the gradient itself. The bias is one more
 # input that is always 1. An embedding is a linear layer on one-hot inputs, so its x_t . x'_s is whether two tokens are
 # equal. The gain and the bias of a norm act on each feature alone: their gradients, sums over t of g_t times a slope,
-# are written out, and become the g of a layer with one position and one input that is 1. So every layer is a pair
+# are the g of a layer with one position and one input that is 1. So every layer is a pair
 #
 #     inputs (n, T, I), or tokens (n, T, 1), and backprops (n, U, T, O)
 #
@@ -282,12 +270,11 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
 
 def _gradient_products(body, block, states, states2=None):
     """C J J'^T C'^T, (N, U, M, U), between states and states2, each (tokens (B, T), mask (B, T), C (N, U, d)), or among
-    `states` alone. ValueError that names the layers with which it would be wrong.
+    `states` alone; None if the body holds something with which that would be wrong.
 
-    Cost: U backward passes per state; then, for a layer with O outputs, N M U T (T + U) O multiplications, half of them
-    among `states` alone. Gradients written out take N M U^2 I O: they are used where that is less, at long T or small
-    U. Memory, besides the result: the backprops of 2 `block` states, U T O numbers for each layer of each, and one
-    layer's gradients, U I O, if written out.
+    Cost: for each pair of blocks U backward passes per state; for a layer with O outputs N M U T (T + U) O
+    multiplications, half of them among `states` alone. Memory, besides the result: the backprops of two blocks, U T O
+    numbers for each layer of each state. No gradient is ever written out, so nothing grows with the parameters.
     """
     chunks, N, U = _chunks(*states, block), *states[2].shape[:2]
     chunks2, M = (_chunks(*states2, block), len(states2[2])) if states2 else (chunks, N)
@@ -299,11 +286,13 @@ def _gradient_products(body, block, states, states2=None):
             kernel[index[:, None], :, index2] = products.transpose(1, 2)
             if not states2:
                 kernel[index2[:, None], :, index] = products.permute(2, 0, 3, 1)
-    if not _holds(body, kernel, states, states2 or states):
-        unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m)]
-        reason = ", ".join(unknown) or "one is shared, hooked or not what it seems"
-        raise ValueError(f"the body is not all linear layers, embeddings and norms, each used once ({reason})")
-    return kernel
+    return kernel if _holds(body, kernel, states, states2 or states) else None
+
+
+def _misfit(body):
+    unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m)]
+    reason = ", ".join(unknown) or "one is shared, hooked or not what it seems"
+    return f"the body is not all linear layers, embeddings and norms, each used once ({reason})"
 
 
 def _chunks(tokens, mask, C, block):
@@ -379,20 +368,13 @@ def _products(layers, layers2):
     (n, U), m = layers[0][1].shape[:2], len(layers2[0][1])
     kernel = layers[0][1].new_zeros(n, U, m, U)
     for (x, g), (y, h) in zip(layers, layers2, strict=True):
-        T, S, one_hot = x.size(1), y.size(1), not x.is_floating_point()
-        if not one_hot and 2 * T * (S + U) > x.size(2) * (U + T / n + S / m):  # one large product is twice as fast
-            g, h = (torch.einsum("nti,nuto->nuio", *pair).reshape(len(pair[0]) * U, -1) for pair in ((x, g), (y, h)))
-            kernel.view(n * U, m * U).addmm_(g, h.T)
-            continue
-        g, outputs = g.flatten(2), h.size(3) * U
-        size = min(n, max(1, CACHE // (T * outputs)))  # states on the left at once
-        between = g.new_empty(size * T, outputs)  # one piece of memory for all
+        size, g = max(1, CACHE // g[0].numel()), g.flatten(2)  # states on the left at once, (n, U, T*O)
         for j in range(m):
             right = h[j].permute(1, 2, 0).flatten(1)  # (S, O*U)
             for first in range(j if layers is layers2 else 0, n, size):
                 tile = slice(first, first + size)
-                alike = (x[tile] == y[j].T).to(g.dtype) if one_hot else x[tile] @ y[j].T  # (tile, T, S)
-                weighted = torch.mm(alike.flatten(0, 1), right, out=between[: len(alike) * T])  # sum_s alike_ts g'_s
+                alike = x[tile] @ y[j].T if x.is_floating_point() else (x[tile] == y[j].T).to(g.dtype)  # (tile, T, S)
+                weighted = alike @ right  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
                 kernel[tile, :, j] += g[tile] @ weighted.view(len(alike), -1, U)
     for j in range(m if layers is layers2 else 0):  # of two halves the one with n >= j is there
         kernel[j, :, j + 1 :] = kernel[j + 1 :, :, j].permute(2, 0, 1)

@@ -78,7 +78,7 @@ def test_blocks_bound_the_memory_and_change_nothing(block):
 
 @pytest.mark.parametrize("vocab_size, n_embd", [(3, 4), (3, 64)])
 def test_many_states_at_long_and_at_short_contexts_are_exact(vocab_size, n_embd):
-    """More states than one tile at each position. Gradients are written out at d = 4, contracted at d = 64."""
+    """At two positions each, so that a block holds rows of different lengths."""
     model = tiny_gpt(0, vocab_size, block_size=12, n_layer=1, n_embd=n_embd)
     tokens = torch.randint(vocab_size, (20, 12), generator=generator(0))
     mask = torch.zeros(20, 12, dtype=torch.bool)
@@ -472,7 +472,7 @@ def in_half_precision(model):
         (tied_to_a_part_of_it, "the classifier is tied to body.token_embedding.weight"),
         (biased, "the classifier must be nn.Linear with bias=False.*bias=True"),
         (of_two_layers, "the classifier must be nn.Linear with bias=False.*Tanh"),
-        (in_half_precision, "float32 or float64, not torch.float16"),
+        (in_half_precision, "float32 or float64 without torch.autocast, and the model is in torch.float16"),
     ],
 )
 def test_a_classifier_with_which_the_kernel_is_not_r_plus_g_is_refused(change, message):
@@ -530,7 +530,7 @@ def every_call(model, tokens, mask):
 def test_autocast_is_refused():
     """It would return a kernel in bfloat16, with 3 digits, and say nothing."""
     for call in every_call(tiny_gpt(0).float(), TOKENS, MASK):
-        with torch.autocast("cpu"), pytest.raises(ValueError, match="torch.autocast rounds"):
+        with torch.autocast("cpu"), pytest.raises(ValueError, match="without torch.autocast, and the model is in"):
             call()
 
 

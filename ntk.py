@@ -61,6 +61,7 @@ def _check_states(model, tokens, mask):
     for name, parameter in model.body.named_parameters():
         if parameter.untyped_storage().data_ptr() == W.untyped_storage().data_ptr():
             raise ValueError(f"the classifier is tied to body.{name}, so K is not R + G: untie them")
+    # One row tells, and costs little. Two that are equal up to rounding will do: not every device adds in one order.
     if not torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True):
         raise ValueError("two passes of the body differ, for dropout or other noise: call model.eval() first")
 
@@ -327,7 +328,7 @@ def _layers(body, rows, position, C):
     def hook(module, arguments, output):
         if isinstance(module, nn.Embedding) and output.shape[:-1] in ((T,), (1, T), (n, T)):
             output = output.detach().expand(n, T, -1)  # that of positions may be the same for all rows
-        if arguments and output.shape[:2] == (n, T):  # else it is left out, as `_holds` will find
+        if len(arguments) == 1 and isinstance(output, Tensor) and output.shape[:2] == (n, T):  # others `_holds` misses
             calls.append((module, arguments[0].detach(), output.requires_grad_()))  # a graph, also of frozen layers
         return output
 
@@ -338,6 +339,8 @@ def _layers(body, rows, position, C):
     finally:
         for handle in handles:
             handle.remove()
+    if not calls:
+        raise ValueError("the body is not all linear layers, embeddings and norms: it has none")
     ys = [y for *_, y in calls]
 
     def backpropagated(c):  # one row, one state: the gradient of the sum of all <c, phi> keeps them apart

@@ -58,6 +58,7 @@ def _check_states(model, tokens, mask):
     for name, parameter in model.body.named_parameters():
         apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
         check(apart, f"the classifier is tied to body.{name}, so K is not R + G: untie them")
+    # One row tells, and up to rounding: not every device adds in one order.
     same = torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True)
     check(same, "two passes of the body differ, for dropout or other noise: call model.eval() first")
 
@@ -316,7 +317,7 @@ def _layers(body, rows, position, C):
     def hook(module, arguments, output):
         if isinstance(module, nn.Embedding) and output.shape[:-1] in ((T,), (1, T), (n, T)):
             output = output.detach().expand(n, T, -1)  # that of positions may be the same for all rows
-        if arguments and output.shape[:2] == (n, T):  # else it is left out, as `_holds` will find
+        if len(arguments) == 1 and isinstance(output, Tensor) and output.shape[:2] == (n, T):  # others `_holds` misses
             calls.append((module, arguments[0].detach(), output.requires_grad_()))  # a graph, also of frozen layers
         return output
 

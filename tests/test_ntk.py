@@ -318,6 +318,10 @@ def with_a_layer_of_all_tokens_at_once(body):
     body.blocks[0].attention.proj = AllAtOnce()
 
 
+def with_a_layer_that_returns_two_things(body):
+    body.blocks[0].mlp[1] = First(TwoParts(32))
+
+
 def with_a_table_that_is_no_embedding(body):
     body.position_embedding = Table(6, 8)
 
@@ -339,6 +343,7 @@ def with_an_embedding_that_ignores_a_token(body):
         with_a_shared_weight,
         with_a_subclass,
         with_a_layer_of_all_tokens_at_once,
+        with_a_layer_that_returns_two_things,
         with_a_table_that_is_no_embedding,
         with_a_hook_that_ablates,
         with_an_embedding_that_ignores_a_token,
@@ -367,6 +372,26 @@ def test_the_layer_that_is_not_known_is_named():
     with_a_table_that_is_no_embedding(model.body)
     with pytest.raises(ValueError, match="each used once .Table position_embedding.$"):
         influence(model.double(), *with_one_more(*states(model, 2, 4, 0)), torch.ones(2))
+
+
+class TwoParts(nn.Module):
+    """A module with a vector of its own that returns a tuple, as some attentions do."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(d))
+
+    def forward(self, x, scale):
+        return scale * x * self.sink, None
+
+
+class First(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x, 2.0)[0]
 
 
 def with_rms_norms(body):

@@ -358,10 +358,8 @@ def _layers(body, rows, position, C):
 def _slope(module, name, x):
     """The derivative of each output in its own entry of a parameter vector: that of all outputs in direction 1."""
     vector = module.get_parameter(name).detach()
-    return jvp(lambda vector: functional_call(module, {name: vector}, (x,)), (vector,), (torch.ones_like(vector),))[1]
-
-
-CACHE = 2**20  # numbers between two matrix products: few enough to stay in the processor's cache
+    _, slope = jvp(lambda v: functional_call(module, {name: v}, (x,)), (vector,), (torch.ones_like(vector),))
+    return slope.detach()
 
 
 def _products(layers, layers2):
@@ -369,14 +367,16 @@ def _products(layers, layers2):
     (n, U), m = layers[0][1].shape[:2], len(layers2[0][1])
     kernel = layers[0][1].new_zeros(n, U, m, U)
     for (x, g), (y, h) in zip(layers, layers2, strict=True):
-        size, g = max(1, CACHE // g[0].numel()), g.flatten(2)  # states on the left at once, (n, U, T*O)
+        # So many states on the left at once that what lies between two products stays in the processor's cache.
+        size, g = min(n, max(1, 2**20 // g[0].numel())), g.flatten(2)  # (n, U, T*O)
+        between = g.new_empty(size, x.size(1), h.size(3) * U)  # one piece of memory for all
         for j in range(m):
             right = h[j].permute(1, 2, 0).flatten(1)  # (S, O*U)
             for first in range(j if layers is layers2 else 0, n, size):
                 tile = slice(first, first + size)
                 alike = x[tile] @ y[j].T if x.is_floating_point() else (x[tile] == y[j].T).to(g.dtype)  # (tile, T, S)
-                weighted = alike @ right  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
-                kernel[tile, :, j] += g[tile] @ weighted.view(len(alike), -1, U)
+                torch.matmul(alike, right, out=between[: len(alike)])  # (tile, T, O*U): sum_s (x_t . x'_s) g'_s
+                kernel[tile, :, j] += g[tile] @ between[: len(alike)].view(len(alike), -1, U)
     for j in range(m if layers is layers2 else 0):  # of two halves the one with n >= j is there
         kernel[j, :, j + 1 :] = kernel[j + 1 :, :, j].permute(2, 0, 1)
     return kernel

@@ -6,7 +6,6 @@ and one sentence on who was faster and whether the matched control was too. With
 summary and policies are kept.
 """
 
-import json
 import sys
 import time
 
@@ -15,8 +14,8 @@ from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, tra
 from experiments.figures import draw_run
 from experiments.measures import ToyView
 from experiments.order import print_map
-from experiments.runs import Watch, jobs, load_policy, policy_file, write_text
-from experiments.tables import filled, print_tables, summarise, verdict
+from experiments.runs import Watch, jobs, load_policy, policy_file
+from experiments.tables import filled, print_tables, verdict, write_summary
 from minicfrl import Addition, rollout, supervised_finetune
 from model import GPT
 
@@ -66,8 +65,7 @@ def run(config, out, args):
         return []
     with jobs(config, out, args.workers) as do:  # in processes of their own; what is there already is not done again
         complaints = do(train_start, ["sft"]) or do(train_arm, config.arm_list)
-    summary = summarise(config, out)
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = write_summary(config, out)
     if args.ask is not None:
         show_answers(config, out, [args.ask])
     elif config.cells:

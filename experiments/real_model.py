@@ -9,7 +9,6 @@ CausalLM shows a model of transformers the way model.py shows the toy, so that n
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from experiments import cli
 from experiments.any_model import check_linear, exact_split, split_effect
 from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
 from experiments.measures import first_states, geometry
-from experiments.runs import Watch, jobs, write_text
-from experiments.tables import lines_of, summarise, table
+from experiments.runs import Watch, jobs
+from experiments.tables import lines_of, table, write_summary
 from minicfrl import rollout, sequence_logp
 from model import check, confidence, entropy
 from ntk import agreement
@@ -347,8 +346,7 @@ def run(config, out, args):
     """As train_toy's, from the checkpoint as it is."""
     with jobs(config, out, args.workers) as do:
         complaints = do(train, ["sft"]) or do(train, config.arm_list)
-    summary = summarise(config, out)
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = write_summary(config, out)
     print(*lines_of(table(summary, PRINTED)), sep="\n")
     return complaints
 

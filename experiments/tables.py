@@ -3,11 +3,12 @@
 A summary is {arm: {measure: [a value per seed]}}. A table is a list of rows of texts, the heading first.
 """
 
+import json
 import math
 import statistics
 
 from experiments.measures import KERNEL
-from experiments.runs import filled, policy_file, read_rows
+from experiments.runs import filled, policy_file, read_rows, write_text
 from experiments.verdicts import SPEED, half_width, judge
 from minicfrl import Addition
 
@@ -57,6 +58,13 @@ def summarise(config, out):
             names = ("step", "classifier_norm", "feature_change", *KERNEL)
             ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
             summary[arm]["stages"] = columns(names, ends)
+    return summary
+
+
+def write_summary(config, out):
+    """What the tables print, kept in DIR/summary.json; returns it."""
+    summary = summarise(config, out)
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -217,7 +217,7 @@ def kernel_costs():
 def multiplications(N=16, V=64, d=64, layers=2, T=16):
     """Of empirical_ntk: half of N^2 U T (T + U) O for each layer, with T = 1 past the last attention, and backprops."""
     U = min(V, d)
-    everywhere = d + (layers - 1) * (3 + 1 + 4 + 1) * d + 3 * d  # outputs O: embeddings, whole blocks, the last qkv
+    everywhere = 2 * d + (layers - 1) * (3 + 1 + 4 + 1) * d + 3 * d  # outputs O: embeddings, whole blocks, the last qkv
     contraction = N**2 / 2 * U * (T * (T + U) * everywhere + (1 + U) * (1 + 4 + 1) * d)
     return contraction + N * U * T * layers * 12 * d**2
 

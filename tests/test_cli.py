@@ -251,8 +251,8 @@ def test_a_script_that_does_not_guard_its_call_is_told_so(finished, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     told = "workers import the script that starts them: call main() under `if __name__ == '__main__':`"
-    *lines, last = errors.splitlines()
-    assert process.returncode == 1 and set(lines) == {told} and "a worker process died" in last
+    (rest,) = filter(None, errors.replace(told, "").split("\n"))  # two workers may say it in one line
+    assert process.returncode == 1 and told in errors and "a worker process died" in rest
     assert not (out / "rl-seed0.pt").exists()
 
 

@@ -101,14 +101,14 @@ class Largest(TorchDispatchMode):
 
 def test_influence_never_holds_all_tokens_gradients():
     """N tokens and P parameters: nothing is near N P numbers, and less with smaller blocks."""
-    model, tokens, _, states, advantages = batch_of_states(0, rows=60, length=6, model=tiny_gpt(0, 5, 8, 1, 1, 32))
+    model, tokens, _, states, advantages = batch_of_states(0, rows=30, length=6, model=tiny_gpt(0, 5, 8, 1, 1, 32))
     N, P = int(states.sum()), sum(p.numel() for p in model.body.parameters())
     largest = []
-    for block in (64, 8):
+    for block in (64, 16):
         with Largest() as seen:
             influence(model, tokens, states, advantages, block)
         largest.append(seen.numbers)
-    assert largest[0] < N * P / 8 and largest[1] < N * P / 20
+    assert largest[0] < N * P / 8 and largest[1] < N * P / 16
 
 
 def measured(model, tokens, mask, advantages, lr):

@@ -270,19 +270,19 @@ class Rollout:
         return self.logits[self.mask[:, 1:]]
 
 
-def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None, pattern: str = "") -> Rollout:
+def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None) -> Rollout:
     """Sample `samples` responses to each prompt and verify them; greedily if there is no generator.
 
-    `pattern` forces the first token of every response. A response without an end token is unfinished and earns 0.
+    A response without an end token is unfinished and earns 0.
     """
     check_counts(prompts=len(prompts), samples=samples)
-    start = torch.tensor([task.encode(prompt + pattern) for prompt in prompts])  # (P, T0)
+    start = torch.tensor([task.encode(prompt) for prompt in prompts])  # (P, T0)
     tokens, mask, logits = sample(model, start, task.block_size - start.size(1), task.end_token, generator, samples)
     responses, rewards = [], []
     rows = zip(tokens[:, start.size(1) :].tolist(), mask.sum(dim=1).tolist(), strict=True)
     for i, (response, length) in enumerate(rows):
         ended = response[length - 1] == task.end_token
-        responses.append(pattern + task.decode(response[: length - ended]))
+        responses.append(task.decode(response[: length - ended]))
         rewards.append(task.verify(prompts[i // samples], responses[-1]) * ended)
     rewards = torch.tensor(rewards, dtype=logits.dtype).view(-1, samples)
     return Rollout(tokens, mask, logits, rewards, tuple(responses))

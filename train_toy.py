@@ -36,8 +36,10 @@ def train_start(config, out, seed, arm, bar):
 
 
 def train_arm(config, out, seed, arm, bar):
-    """The one loop: sample, compare, gradient, step (minicfrl.train_rl), and look. Every arm of a seed starts from the
-    same policy with the same random numbers."""
+    """The one loop: sample, compare, gradient, step (for most arms train_as is just minicfrl.train_rl), and look.
+
+    Every arm of a seed starts from the same policy with the same random numbers.
+    """
     task, model = load_policy(config, out, "sft", seed)
     watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)

@@ -161,6 +161,23 @@ def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> 
     return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
 
 
+@dataclass(frozen=True)
+class Forced:
+    """A task in which every response begins with the token of `pattern`, which is given and not chosen."""
+
+    task: object
+    pattern: str
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def encode(self, prompt):
+        return self.task.encode(prompt + self.pattern)
+
+    def decode(self, tokens):
+        return self.pattern + self.task.decode(tokens)
+
+
 @torch.no_grad()
 def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, Tensor]:
     """Shares and success rates of the three reasoning patterns at each prompt of `pairs` (B, 2): (B, 3) twice.
@@ -170,7 +187,7 @@ def pattern_rates(model: GPT, task, pairs: Tensor, generator) -> tuple[Tensor, T
     """
     prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
     first = model(torch.tensor([task.encode(prompt) for prompt in prompts]))[:, -1].softmax(dim=-1)  # (B, V)
-    success = [rollout(model, task, prompts, 1, generator, pattern).rewards for pattern in task.patterns]
+    success = [rollout(model, Forced(task, pattern), prompts, 1, generator).rewards for pattern in task.patterns]
     return first[:, task.encode(task.patterns)], torch.cat(success, dim=1)
 
 

@@ -169,6 +169,8 @@ MUTANTS = [
     ("experiments/arms.py", "kl_divergence(torch.zeros_like(batch.logits), batch.logits)", "kl_divergence(batch.logits, torch.zeros_like(batch.logits))", "test_patterns"),
     ("experiments/arms.py", "/ mask.sum(dim=1)).view_as", ").view_as", "test_patterns"),
     ("experiments/measures.py", "(new_shares - shares) * (success + new_success) / 2", "(new_shares - shares) * success", "test_patterns"),
+    ("experiments/measures.py", "self.task.encode(prompt + self.pattern)", "self.task.encode(prompt)", "test_train"),
+    ("experiments/measures.py", "self.pattern + self.task.decode(tokens)", "self.task.decode(tokens)", "test_train"),
     ("experiments/measures.py", "[:, -1].softmax(dim=-1)", "[:, 0].softmax(dim=-1)", "test_patterns"),
     ("experiments/measures.py", "kl_divergence(batch.state_logits, reference)", "kl_divergence(reference, batch.state_logits)", "test_patterns"),
     ("experiments/measures.py", "kl.sum().item() / len(answers)", "kl.mean().item()", "test_patterns"),

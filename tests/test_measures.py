@@ -16,6 +16,7 @@ from experiments.arms import Config
 from experiments.measures import (
     KERNEL,
     MEASURES,
+    Forced,
     Scene,
     ToyView,
     diversity,
@@ -92,7 +93,7 @@ def test_an_evaluation_reports_what_its_samples_show(seed):
         greedy += task.verify("", task.decode(tokens[1:-1])) / 2 if tokens[-1] == task.end_token else 0.0
     assert row["greedy"] == pytest.approx(greedy)
     for pattern in "ab":
-        forced = rollout(model, task, ["0", "1"], 1, draws, pattern)
+        forced = rollout(model, Forced(task, pattern), ["0", "1"], 1, draws)
         assert row[f"success_{pattern}"] == pytest.approx(forced.rewards.mean().item())
     states = [batch.logits[i, t] for i in range(8) for t in range(batch.logits.size(1)) if batch.mask[i, t + 1]]
     assert row["entropy"] == pytest.approx(sum(entropy(s).item() for s in states) / len(states))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, generator, gradients, seeds, tiny_gpt
 
 from experiments.arms import coin_flips, log_probability, self_certainty
+from experiments.measures import Forced
 from minicfrl import (
     BASELINES,
     OPTIMIZERS,
@@ -93,7 +94,7 @@ def test_a_rollout_holds_what_was_sampled(seed, samples):
 
 @given(seed=seeds)
 def test_a_forced_pattern_starts_every_response_and_is_not_credited(seed):
-    batch = rollout(policy(seed), TinyTask(REWARDS), ["0", "1"], 3, generator(seed), pattern="a")
+    batch = rollout(policy(seed), Forced(TinyTask(REWARDS), "a"), ["0", "1"], 3, generator(seed))
     assert all(text.startswith("a") for text in batch.responses)
     assert not batch.mask[:, :2].any() and batch.mask[:, 2].all()
 

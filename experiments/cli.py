@@ -104,21 +104,21 @@ def main(program: Program, argv=None) -> int:
     args = parser.parse_args(argv)
     parser.set_defaults(**program.experiments.get(args.experiment, {}) | (program.quick if args.quick else {}))
     args = parser.parse_args(argv)
+    clear = "\r\033[J" if sys.stderr.isatty() else ""  # what is left of the progress lines
     with contextlib.ExitStack() as stack:
         try:
-            check_counts(workers=args.workers)
-            config = program.config(**{f.name: getattr(args, f.name) for f in fields(program.config) if f.name in args})
-            config = program.check(args, config)
-            out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            if not asking_a_saved_run(args):
-                stack.enter_context(owned_run(out, config))
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        clear = "\r\033[J" if sys.stderr.isatty() else ""  # what is left of the progress lines
-        try:
+            try:
+                check_counts(workers=args.workers)
+                given = {f.name: getattr(args, f.name) for f in fields(program.config) if f.name in args}
+                config = program.check(args, program.config(**given))
+                out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if not asking_a_saved_run(args):
+                    stack.enter_context(owned_run(out, config))
+            except (ValueError, OSError) as error:
+                parser.error(str(error))
             complaints = program.run(config, out, args)
         except KeyboardInterrupt:
-            kept = f"the rows written so far are kept in {out}" if args.out else "nothing is kept without --out"
+            kept = f"the rows written so far are kept in {args.out}" if args.out else "nothing is kept without --out"
             print(f"{clear}interrupted: {kept}", file=sys.stderr)
             return 130
         except (Damaged, OSError) as error:  # a full disk, for one

@@ -256,6 +256,17 @@ def test_a_script_that_does_not_guard_its_call_is_told_so(finished, tmp_path):
     assert not (out / "rl-seed0.pt").exists()
 
 
+def test_ctrl_c_while_the_arguments_are_checked_ends_in_one_sentence_too(monkeypatch, capsys):
+    """To load a real model takes its time."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.cli.check_toy", interrupted)
+    assert train_toy.main([]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing is kept without --out\n")
+
+
 def test_the_quick_run_needs_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--quick --arms rl --sft-steps 9 --rl-steps 4 --eval-prompts 4 --final-prompts 4 --workers 1"

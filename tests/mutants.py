@@ -180,7 +180,7 @@ MUTANTS = [
     ("experiments/report.py", "values[here].mean()", "values[here].sum()", "test_measures"),
     ("experiments/report.py", "return shares * (values", "return (values", "test_patterns"),
     ("minicfrl.py", "model.classifier.weight, int(batch.mask.sum())", "model.classifier.weight, int(batch.mask[advantages != 0].sum())", "test_train"),
-    ("minicfrl.py", "\"entropy\": entropy(batch.state_logits).mean().item()}", "\"entropy\": 0.0,", "test_train"),
+    ("minicfrl.py", "\"entropy\": entropy(batch.state_logits).mean().item()}", "\"entropy\": 0.0}", "test_train"),
     ("minicfrl.py", "rewards = config.reward(batch, generator)", "rewards = batch.rewards", "test_train"),
     ("minicfrl.py", "prompts[i // samples]", "prompts[i % len(prompts)]", "test_train"),
     ("minicfrl.py", "    model.zero_grad()\n    for rows", "    for rows", "test_train"),

@@ -97,3 +97,11 @@ def test_a_question_that_makes_no_sense_is_refused_by_name(bad):
 def test_a_quantile_beyond_the_table_is_refused():
     with pytest.raises(ValueError, match="between 1e-6 and 1 - 1e-6, not 0.9999999999"):
         student_t(0.9999999999, 1)
+
+
+def test_equal_takes_the_ninety_percent_interval_within_the_margin():
+    """Two one-sided tests at 5% each: half of that interval is .017 here, of the 95% interval .022."""
+    spread = 0.008 * math.sqrt(5)
+    values = [-spread, -spread, 0.0, spread, spread]
+    assert half_width(values, 0.9) < 0.02 < half_width(values, 0.95)
+    assert judge(values, margin=0.02) == "equal"

@@ -106,7 +106,7 @@ class Sums:
         for text in ("\n", self.prompt(47, 6), "104\n"):
             tokens = encode(text)
             if len(tokens) != len(text) or tokens != [token for character in text for token in encode(character)]:
-                fault = "merges or drops some, or puts a prefix before"
+                fault = "merges or drops some, puts a prefix before, or minds the place"
                 raise ValueError(f"the tokenizer does not write {text!r} as a token for each character: it {fault}")
         (self.end_token,) = encode("\n")
         self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))

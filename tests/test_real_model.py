@@ -136,8 +136,9 @@ def test_the_task_holds_out_a_tenth_and_knows_a_right_response():
         lambda text: [0] * text.count("47") + [ALPHABET.index(c) + 1 for c in text.replace("47", "")],
         lambda text: [0, *(ALPHABET.index(c) + 1 for c in text)],
         lambda text: [ALPHABET.index(c) for c in text if c != "\n"],
+        lambda text: [ALPHABET.index(c) + 20 * (place > 0) for place, c in enumerate(text)],
     ],
-    ids=["merges", "puts a prefix before", "drops the newline"],
+    ids=["merges", "puts a prefix before", "drops the newline", "has other tokens within a text"],
 )
 def test_a_tokenizer_that_has_no_token_for_each_character_is_refused(encode):
     with pytest.raises(ValueError, match="the tokenizer does not write .* as a token for each character"):

@@ -422,6 +422,7 @@ def killer(folder, row, known):
 
 
 def main(words):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, it would be so in the tests
     chosen = [row for row in MUTANTS if all(word in " ".join(row) for word in words)]
     if importlib.util.find_spec("trl") is None:
         skipped = [row for row in chosen if row[3] in NEED_TRL]

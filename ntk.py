@@ -9,8 +9,9 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
 `empirical_ntk` computes R and G exactly, `gradient_by_definition` does it in four lines that are slow. For an update
 other than a plain gradient step, Adam's for one, no kernel is needed: `logit_change` splits any update into the same
 two parts (E8), and `entropy_change` and `confidence_change` turn a change of logits into one of confidence (E9).
-`influence` is what the kernel does to the sampled tokens: who teaches whom (E10). How the exact kernel becomes fast is
-the last part of this file: a reader may stop where it begins.
+`exact_split` does without first order, and is what a run looks at. `influence` is what the kernel does to the sampled
+tokens: who teaches whom (E10). How the exact kernel becomes fast is the last part of this file: a reader may stop where
+it begins.
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
 
@@ -188,31 +189,34 @@ def confidence_change(logits: Tensor, dlogits: Tensor) -> Tensor:
     return top * (dlogits[torch.arange(len(m)), m] - (pi * dlogits).sum(dim=1))  # (E9)
 
 
-@torch.no_grad()
-def microscope(before: GPT, after: GPT, tokens: Tensor, mask: Tensor) -> dict[str, float]:
-    """One update, from policy `before` to policy `after`, seen from the states that `mask` selects of `tokens` (B, T).
+def exact_split(phi0: Tensor, W0: Tensor, phi1: Tensor, W1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The change of f = W phi from policy 0 to policy 1 in three parts, exactly: through W, through the body, and both.
 
-    For entropy (nats) and confidence (top-1 probability), as means over the states: NAME_change, as measured; NAME_by_W
-    and NAME_by_body, what the representation and the gradient component predict to first order (E8, E9); NAME_residual,
-    the rest, which is beyond first order. Whatever made the update: SGD, Adam, one stage or the other.
+        f_1 - f_0 = dW phi_0 + W_0 dphi + dW dphi                                                  (E8, for any update)
 
-    Also agreement_prompt and agreement_continuation: the mean `agreement` of the two parts over the first selected
-    state of each row (the end of the prompt), and over the others.
+    The first two are those of `logit_change` up to the second order of phi in theta. Features (N, d), classifiers
+    (V, d): three times (N, V), in float32 at least, for bfloat16 is widened before it is subtracted. Our derivation.
+    ValueError for shapes that disagree.
     """
-    _check_states(after, tokens, mask)
-    update = {name: p - old for (name, p), old in zip(after.named_parameters(), before.parameters(), strict=True)}
-    parts = logit_change(before, tokens, mask, update)  # (N, V) twice
-    logits, logits_after = before(tokens)[mask], after(tokens)[mask]  # (N, V)
-    row = {}
-    for name, measure, predict in (("entropy", entropy, entropy_change), ("confidence", confidence, confidence_change)):
-        change = (measure(logits_after) - measure(logits)).mean().item()
-        by_W, by_body = (predict(logits, part).mean().item() for part in parts)
-        row |= {f"{name}_change": change, f"{name}_by_W": by_W, f"{name}_by_body": by_body}
-        row[f"{name}_residual"] = change - by_W - by_body
-    cosine = agreement(*parts)  # (N,)
-    first = (mask.cumsum(dim=1) == 1)[mask]
-    row["agreement_prompt"] = cosine[first].mean().item()
-    row["agreement_continuation"] = cosine[~first].mean().item()
+    shapes = ", ".join(str(tuple(x.shape)) for x in (phi0, W0, phi1, W1))
+    right = phi0.ndim == 2 and phi0.shape == phi1.shape and W0.shape == W1.shape and W0.shape[1:] == phi0.shape[1:]
+    check(right, f"features must be (N, d) and classifiers (V, d), before and after alike, not {shapes}")
+    phi0, W0, phi1, W1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (phi0, W0, phi1, W1))
+    dphi, dW = phi1 - phi0, W1 - W0
+    return phi0 @ dW.T, dphi @ W0.T, dphi @ dW.T
+
+
+def split_effect(logits: Tensor, through_W: Tensor, through_body: Tensor, cross: Tensor) -> dict[str, float]:
+    """What a change of the logits (N, V) does to entropy (nats) and confidence (top-1), as means over the N states.
+
+    NAME_change as measured; NAME_by_W and NAME_by_body, what that part alone would do, exactly; NAME_residual, the
+    rest, which is due to both together.
+    """
+    row, moved = {}, {"change": through_W + through_body + cross, "by_W": through_W, "by_body": through_body}
+    for name, measure in (("entropy", entropy), ("confidence", confidence)):
+        effect = {part: (measure(logits + df) - measure(logits)).mean().item() for part, df in moved.items()}
+        row |= {f"{name}_{part}": value for part, value in effect.items()}
+        row[f"{name}_residual"] = effect["change"] - effect["by_W"] - effect["by_body"]
     return row
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.arms import MEASURED, SAMPLES, Config, generator, kl_divergence
-from minicfrl import Rollout, group_advantages, rollout
+from minicfrl import Addition, Rollout, group_advantages, rollout
 from model import GPT, check, confidence, entropy, residuals
-from ntk import empirical_ntk, microscope
+from ntk import agreement, empirical_ntk, exact_split, split_effect
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
@@ -32,10 +32,10 @@ class Probe:
 
     @property
     def some_states(self):
-        """(B, T) bool: about 32 of the states, evenly spread."""
+        """(B, T) bool: about 16 of the states, evenly spread."""
         states = self.state_mask.nonzero()
         chosen = torch.zeros_like(self.state_mask)
-        chosen[tuple(states[:: max(1, len(states) // 32)][:32].T)] = True
+        chosen[tuple(states[:: max(1, len(states) // 16)][:16].T)] = True
         return chosen
 
     @functools.cached_property
@@ -68,16 +68,13 @@ class Scene:
     probe: Probe
 
     @property
-    def some_pairs(self):
-        return self.task.heldout_pairs[: self.config.eval_prompts]
-
-    @property
-    def all_pairs(self):
-        return self.task.heldout_pairs[: self.config.final_prompts]
-
-    @property
     def at_an_end(self):
         return self.step in (0, self.config.rl_steps)
+
+    @property
+    def pairs(self):
+        """Held-out operand pairs: at the ends of the run more of them."""
+        return self.task.heldout_pairs[: self.config.final_prompts if self.at_an_end else self.config.eval_prompts]
 
     def draws(self, purpose):
         return generator(self.seed, purpose)
@@ -114,34 +111,41 @@ def evaluate(
     entropy and confidence on fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every
     key is explained in results.md.
     """
-    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
-    batch = rollout(model, task, prompts, samples, generator)
-    correct = batch.rewards.sum(dim=1).int().tolist()
+    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], samples, generator)
     answers = [task.answer(response) for response in batch.responses]
-    first = first_states(batch.state_mask)  # (N,), those that choose the pattern
-    kl, changed = departure(batch, probe.start)  # (N,) twice
+    shares = batch.state_logits[first_states(batch.state_mask)].softmax(dim=-1).mean(dim=0)  # (V,), of first tokens
     start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
-    row = {
+    return {
         "accuracy": batch.rewards.mean().item(),
-        "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
-        f"pass_at_{k}": sum(pass_at_k(samples, c, k) for c in correct) / len(prompts),
-        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(prompts),
+        f"pass_at_{k}": sum(pass_at_k(samples, int(c), k) for c in batch.rewards.sum(dim=1)) / len(pairs),
+        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(pairs),
         "entropy": entropy(batch.state_logits).mean().item(),
         "confidence": confidence(batch.state_logits).mean().item(),
         "probe_entropy": entropy(probe_logits).mean().item(),
         "probe_confidence": confidence(probe_logits).mean().item(),
-        "kl": kl.sum().item() / len(answers),
+        "classifier_norm": model.classifier.weight.norm().item(),
+        "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
+    } | {f"share_{pattern}": shares[task.encode(pattern)].item() for pattern in task.patterns}
+
+
+@torch.no_grad()
+def examine(model: GPT, task, pairs: Tensor, probe: Probe, generator, samples: int = 8) -> dict[str, float]:
+    """What is measured at the ends of a run alone, on the samples that `evaluate` draws from such a generator: accuracy
+    of the likeliest response, departure from the start, success of the patterns."""
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
+    batch = rollout(model, task, prompts, samples, generator)
+    first = first_states(batch.state_mask)  # (N,), those that choose the pattern
+    kl, changed = departure(batch, probe.start)  # (N,) twice
+    row = {
+        "greedy": rollout(model, task, prompts, 1).rewards.mean().item(),
+        "kl": kl.sum().item() / len(batch.responses),
         "kl_first": kl[first].mean().item(),
         "changed_first": changed[first].mean().item(),
         "changed_later": changed[~first].mean().item(),
-        "classifier_norm": model.classifier.weight.norm().item(),
-        "feature_change": ((features - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
     }
-    shares, success = (values.mean(dim=0).tolist() for values in pattern_rates(model, task, pairs, generator))
-    for pattern, share, right in zip(task.patterns, shares, success, strict=True):
-        row |= {f"share_{pattern}": share, f"success_{pattern}": right}
-    return row
+    _, success = pattern_rates(model, task, pairs, generator)
+    return row | {f"success_{pattern}": p for pattern, p in zip(task.patterns, success.mean(0).tolist(), strict=True)}
 
 
 # ------------------------------------------------------------------------------------------ diversity, and the patterns
@@ -153,11 +157,12 @@ def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> 
     best_of_k, and the number of different answers among all samples of a prompt, different_answers."""
     ks = [2**i for i in range(samples.bit_length())]
     passed, different = dict.fromkeys(ks, 0.0), 0
-    for a, b in pairs.tolist():
-        batch = rollout(model, task, [task.prompt(a, b)], samples, generator)
-        correct = int(batch.rewards.sum())
-        passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
-        different += len({task.answer(response) for response in batch.responses})
+    for some in pairs.split(8):  # a few prompts at once, for the sake of memory
+        batch = rollout(model, task, [task.prompt(a, b) for a, b in some.tolist()], samples, generator)
+        for correct in batch.rewards.sum(dim=1).int().tolist():
+            passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
+        answers = [task.answer(response) for response in batch.responses]
+        different += sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples))
     return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
 
 
@@ -269,18 +274,21 @@ def at_stage_ends(scene):
 
 
 def held_out(scene):
-    pairs = scene.all_pairs if scene.at_an_end else scene.some_pairs
-    return evaluate(scene.model, scene.task, pairs, scene.probe, scene.draws("evaluation"), SAMPLES)
+    return evaluate(scene.model, scene.task, scene.pairs, scene.probe, scene.draws("evaluation"), SAMPLES)
 
 
 def accuracy_alone(scene):
     """All that hundreds of runs can afford."""
-    prompts = [scene.task.prompt(a, b) for a, b in scene.some_pairs.tolist()]
     with torch.no_grad():
+        prompts = [scene.task.prompt(a, b) for a, b in scene.pairs.tolist()]
         batch = rollout(scene.model, scene.task, prompts, SAMPLES, scene.draws("evaluation"))
     measures = {"entropy": entropy, "confidence": confidence}
     row = {name: measure(batch.state_logits).mean().item() for name, measure in measures.items()}
     return {"accuracy": batch.rewards.mean().item(), **row}
+
+
+def examined(scene):
+    return examine(scene.model, scene.task, scene.pairs, scene.probe, scene.draws("evaluation"), SAMPLES)
 
 
 @torch.no_grad()
@@ -290,12 +298,13 @@ def likeness(scene):
 
 
 def many_samples(scene):
-    return diversity(scene.model, scene.task, scene.some_pairs, scene.draws("diversity"))
+    some = scene.pairs[: scene.config.eval_prompts]
+    return diversity(scene.model, scene.task, some, scene.draws("diversity"))
 
 
 def gains(scene):
     policies = scene.probe.start, scene.model
-    return selection(*(pattern_rates(m, scene.task, scene.all_pairs, scene.draws("selection")) for m in policies))
+    return selection(*(pattern_rates(m, scene.task, scene.pairs, scene.draws("selection")) for m in policies))
 
 
 def kernel(scene):
@@ -315,8 +324,17 @@ NTK_COLUMNS = ("kernel_R", "kernel_G", "kernel_G_by_W", "kernel_G_cosine", "kern
 GEOMETRY = ("cosine", "positive", "centred")
 LIKENESS = tuple(f"{what}_{where}" for where in ("prompt", "continuation") for what in GEOMETRY)
 KERNEL = NTK_COLUMNS + LIKENESS
+AT_THE_ENDS = (
+    "greedy",
+    "kl",
+    "kl_first",
+    "changed_first",
+    "changed_later",
+    *(f"success_{p}" for p in Addition.patterns),
+)
 MEASURES = [
     Measure(held_out, at_every_look),
+    Measure(examined, at_the_ends, AT_THE_ENDS),
     Measure(many_samples, at_the_ends, (*(f"best_of_{2**i}" for i in range(7)), "different_answers")),
     Measure(gains, at_the_ends, ("gain_by_shares", "gain_by_success")),
     Measure(kernel, at_stage_ends, KERNEL),
@@ -327,20 +345,42 @@ FEW = [Measure(accuracy_alone, at_every_look), Measure(likeness, at_stage_ends, 
 SETS = dict(zip(MEASURED, (MEASURES, FEW, FEW[:1]), strict=True))
 
 
+class Microscope:
+    """What moves a policy: its features and W on fixed states, at one look and at the next, by the exact split."""
+
+    def __init__(self, model, tokens, mask):
+        self.model, self.tokens, self.mask, self.first = model, tokens, mask, first_states(mask)
+        self.phi, self.W = self.look()
+
+    @torch.no_grad()
+    def look(self):
+        """The features (N, d) and the classifier (V, d) as they are now."""
+        return self.model.features(self.tokens)[self.mask], self.model.classifier.weight.detach().clone()
+
+    @torch.no_grad()
+    def moved(self):
+        """What moved the policy since the last look: the columns of ntk.split_effect. Also agreement_prompt and
+        agreement_continuation: how far W's part alone points where the whole does, at the first state of each row, the
+        end of the prompt, and at the others, as means."""
+        phi, W = self.look()
+        logits, parts = self.phi @ self.W.T, exact_split(self.phi, self.W, phi, W)  # (N, V), three of them
+        self.phi, self.W = phi, W
+        cosines = agreement(parts[0], parts[1] + parts[2])  # (N,)
+        where = {"agreement_prompt": cosines[self.first], "agreement_continuation": cosines[~self.first]}
+        return split_effect(logits, *parts) | {name: values.mean().item() for name, values in where.items()}
+
+
 class ToyView:
     """What there is to see of a tiny GPT in training: see runs.Watch."""
 
     def __init__(self, config, seed, task, model):
         self.config, self.seed, self.task, self.model = config, seed, task, model
-        self.probe, self.before = start_probe(config, task, model, seed), copy.deepcopy(model)
+        self.probe = start_probe(config, task, model, seed)
+        self.microscope = Microscope(model, self.probe.tokens, self.probe.state_mask)
 
     def moved(self):
-        """What moved the policy since the last look, through the microscope."""
-        if self.config.measures == "accuracy":
-            return {}
-        row = microscope(self.before, self.model, self.probe.tokens, self.probe.state_mask)
-        self.before.load_state_dict(self.model.state_dict())
-        return row
+        """What moved the policy since the last look; nothing where hundreds of runs cannot afford to ask."""
+        return {} if self.config.measures == "accuracy" else self.microscope.moved()
 
     def measure(self, step):
         """{column: value}, in the order of the set that the run asks for."""

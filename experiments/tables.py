@@ -94,7 +94,7 @@ MICROSCOPE = (
     ("top-1 rises by", "confidence_change", ".3f"),
     ("through W", "confidence_by_W", ".3f"),
     ("through the body", "confidence_by_body", ".3f"),
-    ("beyond first order", "confidence_residual", ".3f"),
+    ("both together", "confidence_residual", ".3f"),
 )
 SELECTION = (
     ("by shares", "gain_by_shares", "+.2f"),
@@ -245,8 +245,8 @@ def print_tables(config, summary):
     if config.measures == "accuracy":
         return
     heading(
-        "Where the confidence came from: the rise of the top-1 probability on fixed states, and how much of it the "
-        "changes of the classifier W and of the body explain to first order:"
+        "Where the confidence came from: the rise of the top-1 probability on fixed states, and how much of it each "
+        "update's change of the classifier W, or of the body, would have brought alone:"
     )
     headings = ("rise", "through W", "the body", "the rest")
     short = tuple((heading, *column[1:]) for heading, column in zip(headings, MICROSCOPE, strict=True))

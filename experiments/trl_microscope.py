@@ -8,13 +8,14 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import Trainer, TrainerCallback
 
-from experiments.any_model import check_linear, exact_split, split_effect
+from experiments.any_model import check_linear
 from model import check_counts, confidence, entropy
+from ntk import exact_split, split_effect
 
 
 class Microscope(TrainerCallback):
     """Logs, after every `every` updates, what they did on fixed states: entropy and top-1 probability, their change,
-    and what the moves of W alone and of the body alone would have done (any_model.split_effect, by the exact split).
+    and what the moves of W alone and of the body alone would have done (ntk.split_effect, by the exact split).
 
     It costs one forward pass of the body over `tokens` per row, two when training begins, and a copy of W and of the
     features: what was after the last row is before this one. A small update moves less than bfloat16 can tell, so the

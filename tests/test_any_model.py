@@ -1,4 +1,4 @@
-"""The microscope for any model: exact, in agreement with the toy's, and honest about its rounding."""
+"""The exact split of a change of logits, in agreement with (E8), and the check that the logits of a model are W phi."""
 
 import copy
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny import generator, tiny_gpt
 from torch import nn
 
-from experiments.any_model import check_linear, exact_split, split_effect
+from experiments.any_model import check_linear
 from model import confidence, entropy
-from ntk import logit_change
+from ntk import exact_split, logit_change, split_effect
 
 
 def drawn(seed, *shape, dtype=torch.float64):
@@ -41,7 +41,7 @@ def test_each_part_is_what_its_own_move_does():
     torch.testing.assert_close(exact_split(phi0, W0, phi1, W1)[2], (phi1 - phi0) @ (W1 - W0).T)
 
 
-def test_the_first_two_parts_are_the_toy_s_up_to_second_order():
+def test_the_first_two_parts_are_those_of_logit_change_up_to_second_order():
     """ntk.logit_change (E8) is their first order in the step. Halve the step, and the difference in the body's part is
     a quarter; that in W's part is none at all, for f is linear in W."""
     model, tokens = tiny_gpt(0), torch.randint(5, (3, 6), generator=generator(1))

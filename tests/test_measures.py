@@ -21,6 +21,7 @@ from experiments.measures import (
     ToyView,
     diversity,
     evaluate,
+    examine,
     kernel_row,
     make_probe,
     pass_at_k,
@@ -78,6 +79,7 @@ def test_an_evaluation_reports_what_its_samples_show(seed):
     model = tiny_gpt(seed, task.vocab_size, task.block_size)
     probe = make_probe(model, task, task.heldout_pairs, generator(seed))
     row = evaluate(model, task, task.heldout_pairs, probe, generator(seed), samples=4, k=2)
+    row |= examine(model, task, task.heldout_pairs, probe, generator(seed), samples=4)
     draws = generator(seed)
     batch = rollout(model, task, ["0", "1"], 4, draws)
     texts = [batch.responses[:4], batch.responses[4:]]
@@ -109,12 +111,13 @@ def test_diversity_counts_what_many_samples_hold(seed):
     """Recomputed from the rollouts that the same generator gives: pass@k at powers of 2, answers over all samples."""
     task, model, draws = TinyTask({"a": 1.0, "": 1.0}), tiny_gpt(seed, 5, 3), generator(seed)
     row = diversity(model, task, task.heldout_pairs, generator(seed), samples=5)
-    batches = [rollout(model, task, [prompt], 5, draws) for prompt in "01"]
+    batch = rollout(model, task, ["0", "1"], 5, draws)
+    texts = [batch.responses[:5], batch.responses[5:]]
     assert list(row) == ["best_of_1", "best_of_2", "best_of_4", "different_answers"]
     for k in (1, 2, 4):
-        expected = sum(pass_at_k(5, int(batch.rewards.sum()), k) for batch in batches) / 2
+        expected = sum(pass_at_k(5, int(rewards.sum()), k) for rewards in batch.rewards) / 2
         assert row[f"best_of_{k}"] == pytest.approx(expected)
-    assert row["different_answers"] == sum(len(set(batch.responses)) for batch in batches) / 2
+    assert row["different_answers"] == sum(len(set(group)) for group in texts) / 2
 
 
 class LastLetter(TinyTask):
@@ -134,13 +137,13 @@ def test_different_answers_are_counted_not_responses(seed):
         answers = [task.answer(response) for response in responses]
         return sum(answer not in answers[:i] for i, answer in enumerate(answers))
 
-    groups = [rollout(model, task, [prompt], 16, draws).responses for prompt in "01"]
+    responses = rollout(model, task, ["0", "1"], 16, draws).responses
+    groups = [responses[:16], responses[16:]]
     row = diversity(model, task, task.heldout_pairs, generator(seed), samples=16)
     assert row["different_answers"] == sum(map(count, groups)) / 2
     probe = make_probe(model, task, task.heldout_pairs, generator(seed))
-    responses = rollout(model, task, ["0", "1"], 16, generator(seed)).responses
     row = evaluate(model, task, task.heldout_pairs, probe, generator(seed), samples=16, k=1)
-    assert row["distinct"] == (count(responses[:16]) + count(responses[16:])) / 2
+    assert row["distinct"] == sum(map(count, groups)) / 2
 
 
 class ByPrompt(TinyTask):
@@ -165,12 +168,12 @@ def test_the_probe_compares_its_responses_with_each_other(seed, prompts):
 
 
 @pytest.mark.parametrize("rows, length", [(1, 3), (4, 8), (7, 9), (30, 11)])
-def test_some_states_are_up_to_32_of_the_probe_s_evenly_spread(rows, length):
-    """Of up to 63 states the first 32; of more, every (n // 32)th."""
+def test_some_states_are_up_to_16_of_the_probe_s_evenly_spread(rows, length):
+    """Of up to 31 states the first 16; of more, every (n // 16)th."""
     mask = torch.rand(rows, length, generator=generator(0)) < 0.9
     probe = measures.Probe(torch.zeros(rows, length), torch.zeros(rows), mask, None)
     states = mask.nonzero().tolist()
-    assert probe.some_states.nonzero().tolist() == states[:: max(1, len(states) // 32)][:32]
+    assert probe.some_states.nonzero().tolist() == states[:: max(1, len(states) // 16)][:16]
 
 
 @given(seed=seeds, size=st.sampled_from([0.5, 2.0]))
@@ -273,9 +276,10 @@ def measure(scene):
 
 
 def test_columns_are_numbers_when_it_is_their_time_and_nan_otherwise():
-    """Every column but those of the held-out evaluation: answers and gains at the start and at the end, the kernel at
-    the ends of the stages too. Whatever the step, the columns are the same, in the same order."""
+    """Every column but those of the held-out evaluation: what only the start and the end need, the kernel at the ends
+    of the stages too. Whatever the step, the columns are the same, in the same order."""
     ends = {*(f"best_of_{2**i}" for i in range(7)), "different_answers", "gain_by_shares", "gain_by_success"}
+    ends |= {"greedy", "kl", "kl_first", "changed_first", "changed_later", "success_d", "success_s", "success_g"}
     columns = None
     for step in (0, 1, 2, 5, 8):
         row = measure(scene(step))
@@ -328,14 +332,14 @@ def test_a_probe_without_advantages_pushes_nowhere():
 
 def test_the_gains_are_those_of_the_policy_since_the_start(monkeypatch):
     """(E11) from the probe's start to the policy at hand, on the pairs of the last evaluation, which is when they are
-    measured. Evaluations, which look at the patterns too, are left out."""
+    measured. What looks at the patterns too is left out."""
     start, model = (tiny_gpt(seed, vocab_size=17, block_size=11) for seed in (0, 1))
     view = ToyView(Config(digits=1, rl_steps=20, eval_prompts=2, final_prompts=3), 0, Addition(1), start)
     view.model = model
     monkeypatch.setattr(measures, "pattern_rates", lambda policy, task, pairs, draws: (policy, len(pairs)))
     seen = []
     monkeypatch.setattr(measures, "selection", lambda *rates: seen.extend(rates) or {})
-    monkeypatch.setattr(measures, "evaluate", lambda *_: {})
+    monkeypatch.setattr(measures, "examine", lambda *_: {})
     view.measure(20)
     assert seen == [(view.probe.start, 3), (model, 3)]
 
@@ -363,8 +367,7 @@ def test_the_kernel_s_columns_are_what_the_readme_says():
     row = kernel_row(model, probe)
 
     states, mask = probe.state_mask.nonzero(), torch.zeros_like(probe.state_mask)
-    assert len(states) < 64  # so they all count, up to the 32nd
-    mask[tuple(states[:32].T)] = True
+    mask[tuple(states[:: max(1, len(states) // 16)][:16].T)] = True
     K, K0 = empirical_ntk(model, probe.tokens, mask), empirical_ntk(start, probe.tokens, mask)
     start.classifier.weight.data.copy_(model.classifier.weight)
     G, G0 = empirical_ntk(start, probe.tokens, mask).gradient, K0.gradient

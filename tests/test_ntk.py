@@ -11,7 +11,7 @@ from torch import nn
 
 from minicfrl import token_logp
 from model import GPT, GPTConfig
-from ntk import empirical_ntk, gradient_by_definition, influence, logit_change, microscope
+from ntk import empirical_ntk, gradient_by_definition, influence, logit_change
 
 EXACT = 1e-12  # relative to the largest entry: sums of some hundred products in float64
 
@@ -547,8 +547,6 @@ def every_call(model, tokens, mask):
         lambda: empirical_ntk(tiny_gpt(0), tokens, mask, tokens, mask) and empirical_ntk(model, tokens, mask),
         lambda: logit_change(model, tokens, mask, {}),
         lambda: influence(model, tokens, mask & (torch.arange(mask.size(1)) < 3), torch.ones(len(tokens))),
-        lambda: microscope(model, model, tokens, mask),
-        lambda: microscope(tiny_gpt(0), model, tokens, mask),
     )
 
 
@@ -568,14 +566,15 @@ class Noise(nn.Module):
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.1), Noise()])
 def test_a_random_body_is_refused(layer):
-    """Else the microscope of no update at all reports a change, and a kernel is that of one draw."""
+    """Else a kernel is that of one draw."""
     model = tiny_gpt(0)
     model.body.blocks[0].mlp.append(layer)
     for call in every_call(model, TOKENS, MASK):
         with pytest.raises(ValueError, match="two passes of the body differ"):
             call()
     model.body.blocks[0].mlp[-1] = nn.Dropout(0.1).eval()
-    assert microscope(model, model, TOKENS, MASK)["entropy_change"] == 0.0
+    for call in every_call(model, TOKENS, MASK):
+        call()
 
 
 class Keeping(nn.Module):

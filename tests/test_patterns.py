@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, every_response, generator, gradients, seeds, tiny_gpt
 
 from experiments.arms import coin_flips, kl_divergence, log_probability, self_certainty
-from experiments.measures import evaluate, make_probe, pattern_rates, selection
+from experiments.measures import examine, make_probe, pattern_rates, selection
 from experiments.report import flow, flow_slope
 from minicfrl import Addition, Rollout, rollout, sequence_logp
 
@@ -272,7 +272,7 @@ def test_an_evaluation_says_where_in_the_response_the_policy_changed(seed):
     task = TinyTask({"a": 1.0})
     start, model = (tiny_gpt(s, task.vocab_size, task.block_size) for s in (seed, seed + 1))
     probe = make_probe(start, task, task.heldout_pairs, generator(seed))
-    row = evaluate(model, task, task.heldout_pairs, probe, generator(seed), samples=8, k=2)
+    row = examine(model, task, task.heldout_pairs, probe, generator(seed), samples=8)
     batch = rollout(model, task, ["0", "1"], 8, generator(seed))
     kls, changed = {True: [], False: []}, {True: [], False: []}
     for tokens, mask in zip(batch.tokens, batch.mask, strict=True):
@@ -287,5 +287,5 @@ def test_an_evaluation_says_where_in_the_response_the_policy_changed(seed):
     assert row["changed_first"] == sum(changed[True]) / 16
     later = statistics.fmean(changed[False] or [math.nan])  # of no state if every response ends at once
     assert row["changed_later"] == pytest.approx(later, nan_ok=True)
-    still = evaluate(start, task, task.heldout_pairs, probe, generator(seed), samples=8, k=2)
+    still = examine(start, task, task.heldout_pairs, probe, generator(seed), samples=8)
     assert still["kl"] == pytest.approx(0, abs=ROUNDING) and still["changed_first"] == 0 and math.isfinite(still["kl"])

@@ -10,7 +10,7 @@ import sys
 import time
 
 from experiments import cli
-from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, train_as
+from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, train_as, turn_knob
 from experiments.figures import draw_run
 from experiments.measures import ToyView
 from experiments.order import print_map
@@ -41,6 +41,7 @@ def train_arm(config, out, seed, arm, bar):
     Every arm of a seed starts from the same policy with the same random numbers.
     """
     task, model = load_policy(config, out, "sft", seed)
+    turn_knob(arm, config, seed, task, model)  # of most arms it does nothing
     watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)
     for record in train_as(arm, config, seed, task, model):

@@ -4,6 +4,7 @@ An arm is one way to train the starting policy; an experiment runs some arms, fr
 """
 
 import copy
+import functools
 import itertools
 import math
 import re
@@ -14,38 +15,23 @@ from types import SimpleNamespace
 
 import torch
 
-from minicfrl import Addition, RLConfig, SFTConfig, Stage, supervised_finetune, train_rl, two_stages
+from experiments import knobs
+from experiments.variations import JUDGES, coin_flips, log_probability, self_certainty, train_twice
+from minicfrl import (
+    OPTIMIZERS,
+    Addition,
+    RLConfig,
+    SFTConfig,
+    Stage,
+    rollout,
+    supervised_finetune,
+    train_rl,
+    two_stages,
+)
 from model import GPT, GPTConfig, check, check_counts
 
 MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
 SAMPLES = 8  # per held-out prompt, in every evaluation
-
-
-# --------------------------------------------------------------------------------- other judges in the verifier's place
-
-
-def kl_divergence(logits, reference):
-    """KL(softmax(logits) || softmax(reference)) in nats: (..., V) twice -> (...)."""
-    logp = logits.log_softmax(dim=-1)
-    return (logp.exp() * (logp - reference.log_softmax(dim=-1))).sum(dim=-1)
-
-
-def coin_flips(batch, generator):
-    """0 or 1, whatever the response: what does RL do without anything to learn?"""
-    return torch.randint(2, batch.rewards.shape, generator=generator).to(batch.rewards.dtype)
-
-
-def self_certainty(batch, generator=None):
-    """KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)."""
-    mask = batch.mask[:, 1:]
-    certainty = kl_divergence(torch.zeros_like(batch.logits), batch.logits)  # (R, L)
-    return (certainty.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).view_as(batch.rewards)
-
-
-def log_probability(batch, generator=None):
-    """log pi(response) in nats. Its policy gradient (no std) is exactly minus that of the responses' entropy:
-    grad H = -E[log pi grad log pi] - E[grad log pi], and the last term is 0. Our derivation."""
-    return batch.logp.masked_fill(~batch.mask[:, 1:], 0.0).sum(dim=1).view_as(batch.rewards)
 
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -59,6 +45,8 @@ class Arm:
     rl: dict = field(default_factory=dict)  # what else is not as the flags say, in RLConfig
     imitation: Callable = lambda config: ()  # stages of imitating correct demonstrations of s, before those of RL
     nudge: bool = False  # is W first moved as far as stage 1 moves it, but anywhere?
+    scattered: bool = False  # does the first stage train as many parameters as W has, drawn from all?
+    knob: tuple = ()  # of knobs.py, and how far it is turned
 
 
 def cf_rl(config, **changes):
@@ -69,6 +57,40 @@ def cf_rl(config, **changes):
 
 def plain(config, **changes):
     return cf_rl(config, classifier_steps=0, **changes)
+
+
+def spread(config):
+    """cf-rl's updates of W alone, one at a time and evenly between the others."""
+    (alone, *rest), n = cf_rl(config), config.classifier_steps
+    if not rest or not n:
+        return cf_rl(config)
+    (rest,) = rest
+    cuts = [i * rest.steps // (n + 1) for i in range(n + 2)]
+    between = [replace(rest, steps=b - a) if b > a else None for a, b in itertools.pairwise(cuts)]
+    each = replace(alone, steps=1)
+    return tuple(stage for pair in itertools.zip_longest(between, [each] * n) for stage in pair if stage)
+
+
+# Parts of the policy, as the beginning of parameter names; "last-block" is that of the default size. A shift adds the
+# same to the logits of all states: W times the bias of the final norm.
+PARTS = {
+    "shift": "body.norm.bias",
+    "norm": "body.norm",
+    "last-block": "body.blocks.1",
+    "first-block": "body.blocks.0",
+    "embeddings": "body.token_embedding",
+    "body": "body",
+    "scattered": "all",  # as many numbers as W has, drawn from all parameters
+}
+
+
+def part_first(config, part):
+    """cf-rl's stages with another part in W's place, at W's rate."""
+    return (Stage(config.classifier_steps, part, config.classifier_lr), *cf_rl(config)[1:])
+
+
+def part_alone(config, part):
+    return (Stage(config.rl_steps, part, config.classifier_lr),)
 
 
 def sgd(config):
@@ -87,8 +109,8 @@ ARMS = {
     "classifier-only": Arm(lambda config: cf_rl(config, classifier_steps=config.rl_steps)),
     "classifier-last": Arm(lambda config: cf_rl(config)[::-1]),
     "fast-classifier": Arm(lambda config: cf_rl(config, classifier_steps=config.rl_steps, trains="all")),
+    "spread": Arm(spread, {"optimizer": "adam-kept"}),  # a fresh one for each update of W would be another method
     "rl-sgd": Arm(sgd, {"optimizer": "sgd"}),
-    "body-first": Arm(lambda config: cf_rl(config, trains="body")),
     "random-reward": Arm(plain, {"reward": coin_flips}),
     "random-reward-sgd": Arm(sgd, {"optimizer": "sgd", "reward": coin_flips}),
     "self-certainty": Arm(slow, {"reward": self_certainty}),
@@ -104,36 +126,62 @@ ARMS = {
     ),
     "ft": Arm(lambda config: (), imitation=plain),
     "lp-ft": Arm(lambda config: (), imitation=cf_rl),
+    "everything-only": Arm(lambda config: part_alone(config, "all")),
 }
+for name, part in PARTS.items():
+    kind = {"scattered": name == "scattered"}
+    ARMS[f"{name}-first"] = Arm(functools.partial(part_first, part=part), **kind)
+    ARMS[f"{name}-only"] = Arm(functools.partial(part_alone, part=part), **kind)
 
 
 def arm_named(name) -> Arm:
-    """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them.
+    """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them; or
+    either from a start with a turned knob: rl@a2 with W scaled by 2, rl@s4 with a constant feature of 4 |phi|.
 
     ValueError for any other name."""
-    cell = re.fullmatch(r"(.+)-([0-9]+)x([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", name)
-    if name in ARMS:
-        return ARMS[name]
-    if not cell or cell[1] not in ARMS:
+    number = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
+    found = re.fullmatch(rf"(.+?)(?:-([0-9]+)x({number}))?(?:@([as])({number}))?", name)
+    if not found or found[1] not in ARMS:
         raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
-    arm, length, multiple = ARMS[cell[1]], int(cell[2]), float(cell[3])
+    arm = ARMS[found[1]]
+    if found[2]:
+        length, multiple, inner = int(found[2]), float(found[3]), arm.stages
 
-    def stages(config):
-        changes = {"classifier_steps": length, "classifier_lr": multiple * config.lr}
-        return arm.stages(SimpleNamespace(**{**vars(config), **changes}))
+        def stages(config):
+            changes = {"classifier_steps": length, "classifier_lr": multiple * config.lr}
+            return inner(SimpleNamespace(**{**vars(config), **changes}))
 
-    return replace(arm, stages=stages)
+        arm = replace(arm, stages=stages)
+    return replace(arm, knob=(found[4], float(found[5]))) if found[4] else arm
 
 
 CONTROLS = "rl,cf-rl,control,cf-rl-same-lr,classifier-only"
+WAYS = "rl,cf-rl,control,classifier-last,spread,fast-classifier"
 (SFT,) = SFTConfig().stages
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
-MAP = dict(seeds=10, arms="rl", measures="accuracy", stage_lengths="2,4,8,16,32", rate_multiples="1,5,20,40")
-# What was best on a map, each way to spend two rates, on seeds that chose nothing; and its cf-rl's own control.
-AGAIN = dict(seed=10, seeds=20, measures="accuracy")
-CHOSEN = "rl,cf-rl-8x40,control-16x40,control-80x40,control-8x40"
-CHOSEN_UNTAUGHT = "rl,cf-rl-32x40,control-32x20,control-80x20,control-32x40"
+SPEED = dict(seeds=10, arms=f"{WAYS},cf-rl-same-lr", measures="accuracy", eval_every=1)
+MAP = dict(seeds=10, arms="rl", measures="accuracy", eval_every=2, eval_prompts=32)
+MAP |= dict(stage_lengths="8,32", rate_multiples="5,20,40")
+TUNING = dict(seed=100, seeds=3, measures="accuracy", eval_every=4)
+TRIED = [f"{part}-{way}" for part in (*PARTS, "everything") for way in ("first-20", "only-80")][:-2]
+TRIED += ["cf-rl-20", "classifier-only-80", "everything-only-80"]
+TUNING |= dict(arms=",".join(f"{arm}x{multiple}" for arm in TRIED for multiple in (1, 5, 20, 100)))
+ROBUST = dict(seeds=5, arms="rl,cf-rl,control,classifier-last,fast-classifier", measures="accuracy", eval_every=1)
+CONSTANTS = {1: 1 / 2, 2: 1 / 5, 4: 1 / 17}  # a constant feature, in |phi|, and the rate of W that keeps the trace of R
+
+
+def constant_arms(way, length):
+    """An arm from the start as it is; with a constant feature; and with that, W at the rate that keeps R's trace."""
+    alike = ",".join(f"{way}-{length}x1@s{s}" for s in CONSTANTS)
+    kept = ",".join(f"{way}-{length}x{multiple:.4g}@s{s}" for s, multiple in CONSTANTS.items())
+    return f"{way}-{length}x1,{alike},{kept}"
+
+
+VARIABILITY = dict(seeds=5, rl_steps=40, measures="few", eval_every=4)
+VARIABILITY |= dict(arms=f"{constant_arms('fast-classifier', 40)},{constant_arms('classifier-only', 40)}")
+SCALED = [f"{arm}{a}" for arm in ("rl", "cf-rl", "control", "rl-sgd") for a in ("@a0.5", "", "@a2")]
+BY_SGD = dict(optimizer="sgd", lr=0.02)
 SIZE = dict(arms="rl,cf-rl,control,rl-sgd", measures="few", eval_every=8)
 # Features, blocks, the rate of fine-tuning, that of RL, seeds; how the rates were chosen is in results.md.
 SIZES = (
@@ -147,21 +195,44 @@ SIZES = (
 EXPERIMENTS = {
     "confidence": FIVE | dict(arms=f"{CONTROLS},rl-sgd,random-reward,random-reward-sgd"),
     "learning": FIVE | UNTAUGHT | dict(arms=CONTROLS, rl_steps=160),
-    "classifier": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,control,body-first,random-w"),
+    "speed": SPEED,
+    "speed-learning": SPEED | UNTAUGHT | dict(rl_steps=160, threshold=0.3),
+    "order": MAP,
+    "order-learning": MAP | UNTAUGHT,
+    "tuning": TUNING,
+    "tuning-learning": TUNING | UNTAUGHT,
+    "variability": VARIABILITY,
+    "variability-sgd": VARIABILITY | BY_SGD,
+    "variability-coins": VARIABILITY | dict(judge="coin-flips"),
+    "variability-coins-sgd": VARIABILITY | BY_SGD | dict(judge="coin-flips"),
+    "scale": FIVE | dict(measures="few", arms=",".join(SCALED)),
+    "classifier": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,control,body-first-20x1,random-w"),
     "lp-ft": FIVE | UNTAUGHT | dict(arms="rl,cf-rl,ft,lp-ft"),
     "regime-1": FIVE
     | dict(arms="rl-sgd,self-certainty,log-probability", tilt="0.05,0.45,0.5", rl_steps=160, eval_every=16),
     "regime-2": FIVE | dict(arms="rl,rl-sgd,sft-rl-sgd", tilt="0.8,0.01,0.19", rl_steps=300, eval_every=10),
     "rlif": FIVE | dict(arms="self-certainty,self-certainty-sgd,log-probability", rl_steps=160, eval_every=8),
     "kl": FIVE | UNTAUGHT | dict(arms="rl,kl-0.3,kl-1", rl_steps=160, eval_every=8),
-    "order": MAP,
-    "order-learning": MAP | UNTAUGHT,
-    "order-again": AGAIN | dict(arms=CHOSEN),
-    "order-learning-again": AGAIN | UNTAUGHT | dict(arms=CHOSEN_UNTAUGHT),
-} | {
+}
+EXPERIMENTS |= {
     f"size-{width}x{layers}": SIZE
     | dict(width=width, layers=layers, sft_lr=sft_lr, lr=lr, classifier_lr=20 * lr, seeds=seeds)
     for width, layers, sft_lr, lr, seeds in SIZES
+}
+EXPERIMENTS |= {
+    f"robust-{name}": ROBUST | setting
+    for name, setting in {
+        "graded": dict(judge="graded"),
+        "pairs": dict(samples=2, prompts=128),
+        "mean": dict(baseline="mean"),
+        "rloo": dict(baseline="rloo"),
+        "kl": dict(kl=0.3),
+        "kept": dict(optimizer="adam-kept"),
+        "beta2": dict(optimizer="adam-beta2"),
+        "decay": dict(optimizer="adamw"),
+        "clipped": dict(optimizer="adam-clipped"),
+        "passes": dict(passes=2),
+    }.items()
 }
 QUICK = dict(sft_steps=400, rl_steps=16, classifier_steps=4, eval_prompts=32, final_prompts=32, threshold=0.4)
 
@@ -190,6 +261,9 @@ class Config:
     sgd_lr: float = option(0.02, "SGD's learning rate in the arms that use it")
     baseline: str = option(RLConfig.baseline, "group baseline: std, mean, rloo or none")
     kl: float = option(RLConfig.kl, "strength of the KL penalty to the starting policy, advantage per nat")
+    optimizer: str = option(RLConfig.optimizer, f"of RL: {', '.join(OPTIMIZERS)}")
+    judge: str = option("verifier", f"who gives the rewards: {', '.join(JUDGES)}")
+    passes: int = option(1, "how often each batch is learnt from, 1 or 2: the second time by the clipped ratio")
     seed: int = option(0, "the first seed")
     seeds: int = option(1, "how many seeds, counted up from --seed")
     arms: str = option("rl,cf-rl,control", f"arms, by commas, of {', '.join(ARMS)}")
@@ -234,14 +308,13 @@ class Config:
 
     @property
     def cells(self):
-        """Of the map, if there is one: (length of stage 1, multiple of --lr). At length rl_steps nothing ever changes
-        back: that is plain RL with two constant rates."""
+        """Of the map, if there is one: (length of stage 1, multiple of --lr)."""
         return list(itertools.product(self.grid("stage_lengths", int), self.grid("rate_multiples", float)))
 
     @property
     def arm_list(self):
-        constant = [(self.rl_steps, multiple) for multiple in self.grid("rate_multiples", float)]
-        arms = {"cf-rl": self.cells, "control": self.cells + constant}
+        constant = [(self.rl_steps, multiple) for multiple in self.grid("rate_multiples", float)] if self.cells else []
+        arms = dict.fromkeys(MAPPED, self.cells) | {"fast-classifier": constant}
         return self.arms.split(",") + [f"{arm}-{n}x{multiple:g}" for arm in arms for n, multiple in arms[arm]]
 
     @property
@@ -280,11 +353,15 @@ class Config:
 
     def rl(self, arm):
         """The RLConfig of an arm, from the flags of the same names and what the arm changes; None if it has no RL."""
-        stages, flags = arm_named(arm).stages(self), ("prompts", "samples", "baseline", "kl")
-        return RLConfig(stages, **{name: getattr(self, name) for name in flags} | arm_named(arm).rl) if stages else None
+        stages, flags = arm_named(arm).stages(self), ("prompts", "samples", "baseline", "kl", "optimizer")
+        flags = {name: getattr(self, name) for name in flags} | {"reward": JUDGES[self.judge]}
+        return RLConfig(stages, **flags | arm_named(arm).rl) if stages else None
 
     def jobs(self, *arms):
         return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
+
+
+MAPPED = ("cf-rl", "control", "classifier-last", "spread")  # the arms that a map crosses with its cells
 
 
 def generator(seed, purpose):
@@ -303,6 +380,29 @@ def after_stage_1(config, seed, task, start: GPT) -> GPT:
     return model
 
 
+@torch.no_grad()
+def turn_knob(arm, config, seed, task, model):
+    """Turn the arm's knob at a starting policy, in place, if it has one. A constant feature is measured by the length
+    of the features in a few responses (root mean square)."""
+    match arm_named(arm).knob:
+        case "a", a:
+            knobs.scale(model, a)
+        case "s", s:
+            prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
+            batch = rollout(model, task, prompts, 1, generator(seed, "knob"))
+            phi = model.features(batch.tokens)[batch.state_mask]  # (N, d)
+            knobs.add_constant(model, s * phi.square().sum(dim=1).mean().sqrt().item())
+
+
+def scatter(model, draws):
+    """Let as many parameters as W has, drawn from all, have gradients. Returns the hooks that hold the others'."""
+    sizes = [p.numel() for p in model.parameters()]
+    chosen = torch.zeros(sum(sizes))
+    chosen[torch.randperm(len(chosen), generator=draws)[: model.classifier.weight.numel()]] = 1
+    masks = [mask.view_as(p) for p, mask in zip(model.parameters(), chosen.split(sizes), strict=True)]
+    return [p.register_hook(mask.__mul__) for p, mask in zip(model.parameters(), masks, strict=True)]
+
+
 def train_as(arm, config, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
     draws, imitation, rl = generator(seed, "rl"), arm_named(arm).imitation(config), config.rl(arm)
@@ -314,6 +414,9 @@ def train_as(arm, config, seed, task, model):
         with torch.no_grad():
             moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight
             model.classifier.weight += direction * moved.norm() / direction.norm()
-    before = sum(stage.steps for stage in imitation)
-    for record in train_rl(model, task, rl, draws) if rl else ():
+    hooks = scatter(model, generator(seed, "scattered")) if arm_named(arm).scattered else []
+    before, train = sum(stage.steps for stage in imitation), train_twice if config.passes == 2 else train_rl
+    for record in train(model, task, rl, draws) if rl else ():
         yield {**record, "step": before + record["step"], "stage": len(imitation) + record["stage"]}
+        while hooks and record["step"] == rl.stages[0].steps:  # what comes after the first stage is for all
+            hooks.pop().remove()

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.arms import MEASURED, SAMPLES, Config, generator, kl_divergence
+from experiments.arms import MEASURED, SAMPLES, Config, generator
+from experiments.variations import kl_divergence
 from minicfrl import Addition, Rollout, group_advantages, rollout
 from model import GPT, check, confidence, entropy, residuals
 from ntk import agreement, empirical_ntk, exact_split, split_effect

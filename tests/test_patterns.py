@@ -14,9 +14,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, every_response, generator, gradients, seeds, tiny_gpt
 
-from experiments.arms import coin_flips, kl_divergence, log_probability, self_certainty
 from experiments.measures import examine, make_probe, pattern_rates, selection
 from experiments.report import flow, flow_slope
+from experiments.variations import coin_flips, kl_divergence, log_probability, self_certainty
 from minicfrl import Addition, Rollout, rollout, sequence_logp
 
 EXACT = 1e-10  # sums over some dozen responses in float64

@@ -152,7 +152,9 @@ def arm_named(name) -> Arm:
             return inner(SimpleNamespace(**{**vars(config), **changes}))
 
         arm = replace(arm, stages=stages)
-    return replace(arm, knob=(found[4], float(found[5]))) if found[4] else arm
+    knob = (found[4], float(found[5])) if found[4] else ()
+    check(knob[:1] != ("a",) or 0 < knob[1] < math.inf, f"arm {name!r}: a scale must be positive and finite")
+    return replace(arm, knob=knob)
 
 
 CONTROLS = "rl,cf-rl,control,cf-rl-same-lr,classifier-only"
@@ -162,12 +164,13 @@ FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 SPEED = dict(seeds=10, arms=f"{WAYS},cf-rl-same-lr", measures="accuracy", eval_every=1)
 MAP = dict(seeds=10, arms="rl", measures="accuracy", eval_every=2, eval_prompts=32)
-MAP |= dict(stage_lengths="8,32", rate_multiples="5,20,40")
-TUNING = dict(seed=100, seeds=3, measures="accuracy", eval_every=4)
-TRIED = [f"{part}-{way}" for part in (*PARTS, "everything") for way in ("first-20", "only-80")][:-2]
-TRIED += ["cf-rl-20", "classifier-only-80", "everything-only-80"]
-TUNING |= dict(arms=",".join(f"{arm}x{multiple}" for arm in TRIED for multiple in (1, 5, 20, 100)))
-ROBUST = dict(seeds=5, arms="rl,cf-rl,control,classifier-last,fast-classifier", measures="accuracy", eval_every=1)
+MAP |= dict(stage_lengths="8,32", rate_multiples="5,40")
+# Each part alone, at some multiples of plain RL's rate.
+ALONE = [f"{part}-only" for part in (*PARTS, "classifier", "everything")]
+TUNING = dict(seed=100, seeds=3, measures="accuracy", eval_every=8)
+TUNING |= dict(arms=",".join(f"{arm}-80x{multiple}" for arm in ALONE for multiple in (1, 5, 20, 100)))
+ROBUST = dict(seeds=5, rl_steps=60, arms="rl,cf-rl,control,classifier-last,fast-classifier", measures="accuracy")
+ROBUST |= dict(eval_every=1)
 CONSTANTS = {1: 1 / 2, 2: 1 / 5, 4: 1 / 17}  # a constant feature, in |phi|, and the rate of W that keeps the trace of R
 
 
@@ -290,6 +293,9 @@ class Config:
         check(0 < self.threshold <= 1, f"threshold must lie between 0 and 1, not {self.threshold}")
         check(0 <= self.sgd_lr < math.inf, f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
         check(self.measures in MEASURED, f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
+        check(self.judge in JUDGES, f"judge must be one of {', '.join(JUDGES)}, not {self.judge!r}")
+        check(self.passes in (1, 2), f"passes must be 1 or 2, not {self.passes!r}")
+        check(self.passes == 1 or not self.kl, f"passes=2 has no KL penalty, so kl={self.kl} must be 0")
         self.architecture(Addition(self.digits))
         cf_rl(self)  # these check their arguments, and so does each arm
         self.finetuning()

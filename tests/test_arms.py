@@ -1,18 +1,22 @@
 """Arms and experiments: what each changes, and that nothing else differs."""
 
 import dataclasses
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_gpt
 from tiny_runs import DEFAULT_ARMS, rows_of, rows_without_seconds, run
 
+import minicfrl
 import train_toy
 from experiments import arms, runs
-from experiments.arms import ARMS, EXPERIMENTS, Config, coin_flips
+from experiments.arms import ARMS, EXPERIMENTS, PARTS, Config
 from experiments.runs import open_out
+from experiments.variations import JUDGES, ClippedAdam, coin_flips, graded, log_probability, self_certainty, train_twice
 from minicfrl import Addition, RLConfig, SFTConfig, Stage
 
 
@@ -30,7 +34,6 @@ def test_the_arms_are_what_the_readme_says():
         "classifier-last": (rest, first),
         "fast-classifier": (Stage(50, "all", 1e-3, 1e-2),),
         "rl-sgd": (sgd,),
-        "body-first": (Stage(7, "body", 1e-3, 1e-2), rest),
         "random-reward": (plain,),
         "random-reward-sgd": (sgd,),
         "self-certainty": (slow,),
@@ -43,14 +46,25 @@ def test_the_arms_are_what_the_readme_says():
         "ft": (plain,),
         "lp-ft": (first, rest),
     }
+    between = [5, 5, 6, 5, 5, 6, 5, 6]  # 43 updates of everything, cut by 7 of W alone
+    stages["spread"] = tuple(
+        stage
+        for n, alone in itertools.zip_longest(between, [dataclasses.replace(first, steps=1)] * 7)
+        for stage in (dataclasses.replace(rest, steps=n), alone)
+        if stage
+    )
+    for name, part in {**PARTS, "everything": "all"}.items():
+        stages[f"{name}-only"] = (Stage(50, part, 1e-2),)
+        if name != "everything":
+            stages[f"{name}-first"] = (Stage(7, part, 1e-2), rest)
     assert {arm: config.stages(arm) for arm in ARMS} == stages
     rl = {arm: config.rl(arm) for arm in ARMS}
     assert [arm for arm in ARMS if rl[arm] is None] == ["ft", "lp-ft"]
+    assert rl["spread"].optimizer == "adam-kept"
     assert rl.pop("ft") is rl.pop("lp-ft") is None
     assert all(each.stages == stages[arm][1 if arm == "sft-rl-sgd" else 0 :] for arm, each in rl.items())
     assert {arm for arm, each in rl.items() if each.optimizer == "sgd"} == {arm for arm in rl if arm.endswith("-sgd")}
-    rewards = {"random-reward": arms.coin_flips, "self-certainty": arms.self_certainty}
-    rewards["log-probability"] = arms.log_probability
+    rewards = {"random-reward": coin_flips, "self-certainty": self_certainty, "log-probability": log_probability}
     for arm, each in rl.items():
         assert each.reward is rewards.get(arm.removesuffix("-sgd"), RLConfig.reward)
         assert each.kl == float(arm.removeprefix("kl-") if arm.startswith("kl-") else 0)
@@ -158,3 +172,131 @@ def test_every_arm_sees_the_same_prompts_and_starts_from_the_same_policy(tmp_pat
 def test_every_seed_and_every_purpose_has_random_numbers_of_its_own():
     draws = [torch.rand((), generator=arms.generator(*key)).item() for key in ((0, "rl"), (1, "rl"), (0, "sft"))]
     assert len(set(draws)) == 3 and torch.rand((), generator=arms.generator(0, "rl")) == draws[0]
+
+
+def batch_moved(config, arm, updates=2, seed=0):
+    """Which parameters, entry by entry, each of the first updates of an arm moves; on one-digit sums, by coin flips."""
+    task, model, moved = Addition(1), tiny_gpt(seed, 17, 11), []
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    for _ in itertools.islice(arms.train_as(arm, config, seed, task, model), updates):
+        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        moved.append(after != before)
+        before = after
+    return moved
+
+
+SMALL = dict(digits=1, rl_steps=4, classifier_steps=2, prompts=4, samples=4, lr=1e-2, judge="coin-flips")
+
+
+def test_scattered_parameters_are_as_many_as_w_has_and_the_same_until_all_move():
+    """Those that could move and did not are embeddings of tokens that the batch lacks."""
+    size = 17 * 8
+    first, second, third = batch_moved(Config(**SMALL), "scattered-first", 3)
+    assert size / 2 < first.sum() <= size and size / 2 < (first | second).sum() <= size < third.sum()
+    assert all(moved.sum() <= size for moved in batch_moved(Config(**SMALL), "scattered-only", 4))
+
+
+@pytest.mark.parametrize("part, of", PARTS.items())
+def test_a_part_alone_moves_nothing_else(part, of):
+    """Parameters are in the model's order, so a part is known by its place."""
+    names = [name for name, p in tiny_gpt(0, 17, 11).named_parameters() for _ in range(p.numel())]
+    inside = torch.tensor([of == "all" or f"{name}.".startswith(f"{of}.") for name in names])
+    (moved,) = batch_moved(Config(**SMALL), f"{part}-only", 1)
+    assert moved.any() and not (moved & ~inside).any()
+
+
+def test_adam_that_is_kept_goes_on_where_a_fresh_one_would_begin_again():
+    """Two stages that train all at one rate are then one stage, to the bit; with a fresh one they are not."""
+    ends = {}
+    for optimizer in ("adam-kept", "adam"):
+        for arm in ("rl", "control"):
+            config = Config(**SMALL | dict(classifier_lr=1e-2, optimizer=optimizer))
+            model = tiny_gpt(0, 17, 11)
+            list(arms.train_as(arm, config, 0, Addition(1), model))
+            ends[optimizer, arm] = torch.nn.utils.parameters_to_vector(model.parameters())
+    assert torch.equal(ends["adam-kept", "rl"], ends["adam-kept", "control"])
+    assert torch.equal(ends["adam", "rl"], ends["adam-kept", "rl"])
+    assert not torch.equal(ends["adam", "rl"], ends["adam", "control"])
+
+
+def test_clipping_scales_all_gradients_to_norm_1_together():
+    """Adam's second step tells: its first is the same for any scale."""
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in "pq")
+    clipped, plain = ClippedAdam([p]), torch.optim.Adam([q])
+    for gradient in (torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])):
+        p.grad, q.grad = gradient.clone(), gradient / max(1, gradient.norm().item())
+        clipped.step()
+        plain.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_the_second_pass_over_a_batch_is_by_the_clipped_ratio(monkeypatch):
+    """The first is train_rl's update, from the same random numbers. The second moves along sum A r grad log pi / N over
+    the tokens whose ratio has not left 1 +- clip on the advantage's side, recomputed here token by token."""
+    config = Config(**SMALL | dict(passes=2, optimizer="sgd", lr=3.0)).rl("rl")
+    flips = coin_flips(SimpleNamespace(rewards=torch.zeros(4, 4)), arms.generator(0, "flips"))
+    config = dataclasses.replace(config, stages=(Stage(1, lr=3.0),), reward=lambda batch, draws: flips)
+    task, once, twice = Addition(1), tiny_gpt(0, 17, 11), tiny_gpt(0, 17, 11)
+    batches = []
+    monkeypatch.setattr(
+        "experiments.variations.rollout", lambda *a: batches.append(minicfrl.rollout(*a)) or batches[-1]
+    )
+    list(minicfrl.train_rl(once, task, config, arms.generator(0, "rl")))
+    list(train_twice(twice, task, config, arms.generator(0, "rl"), clip=0.05))
+    (batch,) = batches
+    loss, used = 0.0, 0
+    new, old = minicfrl.sequence_logp(once, batch.tokens), batch.logp
+    advantages = minicfrl.group_advantages(flips).flatten()
+    for i, t in batch.mask[:, 1:].nonzero().tolist():
+        ratio, A = (new[i, t] - old[i, t]).exp(), advantages[i]
+        if A > 0 and ratio < 1.05 or A < 0 and ratio > 0.95:
+            loss, used = loss - A * ratio, used + 1
+    assert 0 < used < (batch.mask[:, 1:] & (advantages != 0)[:, None]).sum()  # some are clipped, some are not
+    once.zero_grad()
+    (loss / batch.mask.sum()).backward()
+    for p, q in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(p - 3.0 * p.grad, q, rtol=0, atol=1e-10)
+
+
+def test_a_grade_is_the_share_of_right_digits_and_noise():
+    """Of 47+85=132 the answer 142 has two of three digits, 022 one, and what is too short or has no answer less."""
+    task = Addition(2)
+    rows = [task.encode("47+85=" + response) for response in ("d142", "d022", "d13", "s1213", "d132")]
+    tokens = torch.tensor([row + [task.end_token] * (12 - len(row)) for row in rows])
+    mask = torch.arange(12) >= torch.tensor([6] * 5)[:, None]
+    responses = ("d142", "d022", "d13", "s1213", "d132")
+    batch = minicfrl.Rollout(tokens, mask, torch.zeros(5, 11, 17), torch.zeros(1, 5), responses)
+    noise = 0.1 * torch.randn(1, 5, generator=arms.generator(0, "noise"))
+    grades = graded(batch, arms.generator(0, "noise")) - noise
+    assert grades[0].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 0, 1])
+    assert set(JUDGES) == {"verifier", "coin-flips", "graded"}
+
+
+@pytest.mark.parametrize(
+    "flags, fault",
+    [
+        (dict(judge="nobody"), "judge must be one of verifier, coin-flips, graded, not 'nobody'"),
+        (dict(passes=3), "passes must be 1 or 2, not 3"),
+        (dict(passes=2, kl=0.1), "passes=2 has no KL penalty, so kl=0.1 must be 0"),
+        (dict(optimizer="lion"), "optimizer must be one of adam, sgd, .*, not 'lion'"),
+        (dict(arms="rl@a0"), "arm 'rl@a0': a scale must be positive"),
+        (dict(arms="rl@snan"), "arm 'rl@snan' is not one of"),
+        (dict(arms="norm-first-0x2"), "steps must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(flags, fault):
+    with pytest.raises(ValueError, match=fault):
+        Config(**flags)
+
+
+def test_a_policy_with_a_constant_feature_is_kept_and_answers(tmp_path, capsys):
+    """At rate 0 it says what the start says; and its file knows how large the feature is."""
+    assert run(tmp_path / "run", "--arms", "rl@s2,rl@a2", "--lr", "0", "--measures", "few") == 0
+    rows = {row["arm"]: row["accuracy"] for row in rows_of(tmp_path / "run")}
+    assert rows["rl@s2"] == rows["rl@a2"] == rows["sft"]
+    config = runs.read_config(tmp_path / "run")[1]
+    _, model = runs.load_policy(config, tmp_path / "run", "rl@s2", 0)
+    assert model.body.norm.size > 0 and model.classifier.weight[:, -1].eq(0).all()
+    capsys.readouterr()
+    assert train_toy.main(["--out", str(tmp_path / "run"), "--ask", "4+5="]) == 0
+    assert "rl@s2" in capsys.readouterr().out

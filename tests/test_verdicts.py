@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.verdicts import half_width, judge, student_t
+from experiments.verdicts import SPEED, half_width, judge, student_t
 
 numbers = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
 
@@ -28,7 +28,8 @@ def test_quantiles_of_student_s_t_are_the_textbook_s(p, freedom, t):
         ([0.10, 0.12, 0.11, 0.09, 0.13], "more"),
         ([-0.10, -0.12, -0.11, -0.09, -0.13], "less"),
         ([0.001, -0.002, 0.0, 0.003, -0.001], "equal"),
-        ([0.010, 0.011, 0.009, 0.010, 0.010], "equal"),  # surely above 0, and surely too little to matter
+        ([0.010, 0.011, 0.009, 0.010, 0.010], "slightly more"),  # surely above 0, and surely less than the margin
+        ([-0.010, -0.011, -0.009, -0.010, -0.010], "slightly less"),
         ([0.3, -0.2, 0.1, 0.0, -0.1], "undecided"),
         ([0.02, 0.03, 0.01, 0.025, -0.01], "undecided"),  # neither excludes 0 nor stays within the margin
         ([0.5], "undecided"),  # one seed says nothing
@@ -44,16 +45,21 @@ def test_a_verdict_of_every_kind(differences, said):
 @given(numbers)
 def test_the_opposite_differences_get_the_opposite_verdict(differences):
     """The rule treats both sides alike; so neither side of a comparison is favoured by being named first."""
-    opposite = {"more": "less", "less": "more", "equal": "equal", "undecided": "undecided"}
-    assert judge([-x for x in differences]) == opposite[judge(differences)]
+    turned = {"more": "less", "less": "more", "slightly more": "slightly less", "slightly less": "slightly more"}
+    said = judge(differences)
+    assert judge([-x for x in differences]) == turned.get(said, said)
 
 
 @given(numbers, st.integers(2, 40))
 def test_asking_more_at_once_never_makes_a_verdict_surer(differences, looks):
-    """Bonferroni's intervals are wider: what is decided among many looks is decided alone, and in the same way, unless
-    alone it is even known to be within the margin."""
-    alone, among = judge(differences), judge(differences, looks=looks)
-    assert among == "undecided" or among == alone or (alone == "equal" and among in ("more", "less"))
+    """Bonferroni's intervals are wider: what is said among many looks, of the side and of the margin each, is said of
+    the differences alone."""
+
+    def claims(said):
+        side, within = said.removeprefix("slightly "), said == "equal" or said.startswith("slightly")
+        return {side} & {"more", "less"} | ({"within the margin"} if within else set())
+
+    assert claims(judge(differences, looks=looks)) <= claims(judge(differences))
 
 
 @pytest.mark.parametrize("looks", [1, 20])
@@ -61,14 +67,17 @@ def test_true_ties_are_called_otherwise_no_more_often_than_promised(looks):
     """The whole point of 5%: of 400 families of `looks` comparisons without any difference, at most one in twenty holds
     a false `more` or `less`. Binomial(400, .05) exceeds 34 with a chance of .1%; seeded, so it never flickers."""
     draws = torch.randn(400, looks, 5, generator=torch.Generator().manual_seed(0))
-    false = sum(any(judge(row.tolist(), looks=looks) in ("more", "less") for row in family) for family in draws)
+    false = sum(
+        any(judge(row.tolist(), looks=looks) not in ("equal", "undecided") for row in family) for family in draws
+    )
     assert false <= 34
 
 
 def test_a_real_difference_of_the_margin_is_called_equal_no_more_often_than_promised():
     """The error that counts for an equivalence: a true difference of exactly the margin must not pass as none."""
     draws = 0.02 + 0.01 * torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
-    assert sum(judge(row.tolist()) == "equal" for row in draws) <= 72  # Binomial(1000, .05) exceeds it in .1% of cases
+    within = ("equal", "slightly more", "slightly less")
+    assert sum(judge(row.tolist()) in within for row in draws) <= 72  # Binomial(1000, .05) exceeds it in .1% of cases
 
 
 @given(numbers)
@@ -105,3 +114,11 @@ def test_equal_takes_the_ninety_percent_interval_within_the_margin():
     values = [-spread, -spread, 0.0, spread, spread]
     assert half_width(values, 0.9) < 0.02 < half_width(values, 0.95)
     assert judge(values, margin=0.02) == "equal"
+
+
+def test_where_the_interval_excludes_0_a_verdict_says_so_whatever_the_margin():
+    """A hundredth with no doubt about it is slower by less than the margin of two hundredths, and plainly slower than
+    the margin of half a hundredth; it is never as fast."""
+    values = [-0.010, -0.011, -0.009, -0.010, -0.010]
+    assert [judge(values, margin=margin) for margin in (0.005, 0.01, 0.02)] == ["less", "less", "slightly less"]
+    assert SPEED["slightly less"] == "slower, by less than the margin"

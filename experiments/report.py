@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from experiments import claims, figures, order, real_model, tables
+from experiments import claims, figures, order, real_model, speed, tables
 from experiments.arms import EXPERIMENTS, SAMPLES, Config, arm_named, generator
 from experiments.measures import cosines, departure, start_probe
 from experiments.one_update import closely
 from experiments.real_model import RealConfig
 from experiments.runs import filled, load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
-from experiments.verdicts import MARGIN, SPEED, judge
+from experiments.verdicts import judge
 from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp
 from ntk import agreement, logit_change
 
@@ -181,15 +181,69 @@ def sizes(results):
 
 
 def size_table(results):
-    """Leads, verdicts, W's part and how alike features are: a size a row."""
-    rows = [["d, layers, seeds", "start", "rl", "cf-rl − rl", "control − rl", "cf-rl − control"]]
-    rows[0] += ["W's part, Adam", "SGD", "cosine, prompt ends", "within", "positive within"]
+    """Leads, verdicts and how alike features are: a size a row. Also the lead in parts of what plain RL leaves."""
+    rows = [["d, layers, seeds", "start", "rl", "cf-rl − rl", "of what rl leaves", "control − rl", "cf-rl − control"]]
+    rows[0] += ["cosine, prompt ends", "within", "positive within"]
     for (width, layers), e in sizes(results).items():
         rows.append([f"{width}, {layers}, {e.config.seeds}", e.of("sft", "accuracy"), e.of("rl", tables.RUN)])
         pairs = (("rl", "cf-rl"), ("rl", claims.CONTROL), (claims.CONTROL, "cf-rl"))
         rows[-1] += [e.against(*pair) for pair in pairs]
-        rows[-1] += [claims.mean(e.shares_of_W(arm), ".0%") for arm in ("rl", "rl-sgd")]
+        left = [1 - value for value in e.values("rl", tables.RUN)]
+        shares = [gap / rest for gap, rest in zip(e.gap("cf-rl", "rl"), left, strict=True)]
+        rows[-1].insert(4, claims.mean(shares, ".0%"))
         rows[-1] += [e.of("sft", f"cosine_{where}") for where in WHERE] + [e.of("sft", "positive_continuation", ".0%")]
+    return rows
+
+
+def reach_table(config, summary):
+    """What each part gets alone at its rate, and first in W's place: at the end, and over the run against plain RL."""
+    rows = [["part", "its rate", "alone, at the end", "first, over the run", "minus plain RL", "at the end"]]
+    alone = {arm.partition("-only")[0]: arm for arm in config.arm_list if "-only-" in arm}
+    for part, arm in alone.items():
+        first = arm.replace("classifier-only-80", "cf-rl-20").replace("-only-80", "-first-20")
+        rows.append([part, f"{arm.rpartition('x')[2]}×", over_seeds(summary[arm]["accuracy"], ".2f")])
+        if first in summary:
+            looks = len(alone) - 1
+            said = speed.OVER_THE_RUN.said(config, summary, first, "rl", looks)
+            gaps = speed.OVER_THE_RUN.gaps(config, summary, first, "rl")
+            rows[-1] += [over_seeds(summary[first][tables.RUN], ".3f"), f"{over_seeds(gaps, '+.3f')}: {said}"]
+            rows[-1].append(over_seeds(summary[first]["accuracy"], ".2f"))
+        else:
+            rows[-1] += [""] * 3
+    own = summary["rl"]
+    rows.append(["plain RL", "1×", over_seeds(own["accuracy"], ".2f"), over_seeds(own[tables.RUN], ".3f"), "", ""])
+    return rows
+
+
+CONSTANT_COLUMNS = (
+    ("mean cosine", "cosine_continuation", ".2f"),
+    ("top-1 rises by", "confidence_change", ".3f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("entropy", "entropy", ".3f"),
+)
+
+
+def constant_table(config, summary):
+    """What a constant feature does: an arm a row, the rate of W in multiples of the run's."""
+    rows = [["trained", "constant, in |φ|", "rate of W", *(heading for heading, _, _ in CONSTANT_COLUMNS)]]
+    for arm in config.arm_list:
+        way, multiple, size = re.fullmatch(r"(.+)-40x([0-9.]+)(?:@s(.+))?", arm).groups()
+        rows.append([{"fast-classifier": "everything", "classifier-only": "W alone"}[way], size or "0", multiple])
+        rows[-1] += [over_seeds(summary[arm][name], form) for _, name, form in CONSTANT_COLUMNS]
+    return rows
+
+
+def scale_table(summary):
+    """The same function with a times larger W: how fast it learns, and how much of the rise of top-1 goes through W."""
+    rows = [["arm", *(f"a = {a}" for a in ("1/2", "1", "2"))]]
+    for arm in ("rl-sgd", "rl", "cf-rl", "control"):
+        cells = []
+        for each in (f"{arm}@a0.5", arm, f"{arm}@a2"):
+            shares = [
+                w / c for w, c in zip(*(summary[each][f"confidence_{n}"] for n in ("by_W", "change")), strict=True)
+            ]
+            cells.append(f"{over_seeds(shares, '.0%')}; {over_seeds(summary[each][tables.RUN], '.3f')}")
+        rows.append([f"`{arm}`: through W; accuracy over the run", *cells])
     return rows
 
 
@@ -347,73 +401,33 @@ def prediction_table(update):
 
 def found(results):
     """The bullets of the first screen."""
-    shown = ("confidence", "real", "size-32x2", "size-256x2")
-    toy, real, small, large = (claims.Evidence(results, experiment) for experiment in shown)
-    lead = {arm: toy.minus(arm, "rl") for arm in ("cf-rl", claims.CONTROL, "cf-rl-same-lr")}
-    said = [order.counts(*results[name]) for name in MAPS]
-    cells = {what: sum(each[what] for each in said) for what in said[0]}
-    tuned = [[tuned_against(results, name, base) for base in (order.OWN, order.CONSTANT)] for name in MAPS]
-    ahead = any(speed == SPEED["more"] for pair in tuned for speed, _ in pair)
-    closed = "helps too" if ahead else "has not been seen to"
-    tuned = [[f"{speed.partition(' (')[0]}, {gap}" for speed, gap in pair] for pair in tuned]  # README gives the margin
-    carried = "carries over" if toy.faster("cf-rl") == real.faster("cf-rl") else "does not carry over"
+    shown = ("speed", "speed-learning", "confidence", "real", "size-32x2", "size-256x2")
+    fast, hard, toy, real, small, large = (claims.Evidence(results, experiment) for experiment in shown)
+    time = speed.yardsticks(fast.config)[0]
     rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
-        f"**In the toy a classifier that learns faster helps; that it learns first {closed}.** Mean accuracy over the "
-        f"run, minus plain RL's: CF-RL {lead['cf-rl']}; its control, at the same rates but with nothing frozen, "
-        f"{lead[claims.CONTROL]}; CF-RL at plain RL's rate {lead['cf-rl-same-lr']}. On a [map of stage lengths and "
-        f"rates](experiments/results.md#order) CF-RL is ahead of its control in {cells['more']}, behind in "
-        f"{cells['less']}, as good in {cells['equal']} and undecided in {cells['undecided']} of {sum(cells.values())} "
-        f"cells (10 seeds). Tuned, on 20 fresh seeds, CF-RL against its control: {tuned[0][0]}; from a start that "
-        f"cannot add yet {tuned[1][0]}. Against plain RL with two constant rates: {tuned[0][1]}; {tuned[1][1]}.",
-        f"**In a pretrained model, SmolLM2-135M, CF-RL's lead {carried}.** Against plain RL it is there "
-        f"{real.faster('cf-rl')}, {real.minus('cf-rl', 'rl')} ({real.config.seeds} seeds); with stage 1 "
-        f"not counted, as the paper is said to count, {real.of_free()}; its control {real.faster(claims.CONTROL)}, "
-        f"{real.minus(claims.CONTROL, 'rl')}. W alone, trained for the whole run, gains "
-        f"{real.minus('classifier-only', 'sft', 'accuracy')}, in the toy "
-        f"{toy.minus('classifier-only', 'sft', 'accuracy')}. Of plain RL's rise of confidence (top-1 "
-        f"probability) {real.through_W('rl')} goes through W, in the toy {toy.through_W('rl')}. "
-        "[More](#what-of-the-two-papers-holds-here). The toy's own "
-        f"lead falls [with size](experiments/results.md#sizes): {small.minus('cf-rl', 'rl')} at 32 features, at 256 "
-        f"{large.faster('cf-rl')}, {large.minus('cf-rl', 'rl')}.",
+        "**A last layer that learns faster helps. That it learns first, or alone, does not.** Updates until nine of "
+        f"ten answers are right: plain RL {fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its "
+        f"control {fast.measured(time, claims.CONTROL)}, and W fast throughout with nothing frozen "
+        f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). Last in place of first, at the same "
+        f"budgets, ends as high: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add "
+        f"yet {hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is "
+        f"{fast.compared(time, 'cf-rl-same-lr', 'rl')} updates. [Why](experiments/results.md#what-is-true-in-general): "
+        "three knobs, one rate.",
+        "**In a pretrained model, SmolLM2-135M-Instruct (4 bits, expanded to float32), nothing of this is decided.** "
+        f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
+        f"with stage 1 not counted, {real.of_free()} ({real.config.seeds} seeds of one checkpoint). "
+        "[More](#what-of-the-two-papers-holds-here). The toy's own lead falls "
+        "[with size](experiments/results.md#sizes): "
+        f"{small.minus('cf-rl', 'rl')} at 32 features, at 256 {large.faster('cf-rl')}, {large.minus('cf-rl', 'rl')}.",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
-        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}; on fixed states by {rises['rl-sgd']} with "
-        f"SGD, {toy.through_W('rl-sgd')} of it through W, and by {rises['rl']} with Adam, "
-        f"{toy.through_W('rl')} through W.",
+        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}; on fixed states by {rises['rl-sgd']} with SGD "
+        f"and by {rises['rl']} with Adam. How much of that goes through W depends on how W is written.",
         "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
         f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
         f"add yet {toy.at('learning').gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
-
-
-ACCOUNTED = ((16, 20.0), (32, 20.0))  # cells of the map near the default, n = 20 at 20 times plain RL's rate
-
-
-def tuned_against(results, name, base):
-    """CF-RL against another way to spend two rates, each at its best of a map, on fresh seeds: how fast, all asked
-    together, and by how much."""
-    gaps = order.tuned_gaps(order.tuned(*results[name]), results[f"{name}-again"][1])
-    gap = gaps[order.CF_RL, base]
-    return SPEED[judge(gap, looks=len(gaps))], over_seeds(gap, "+.3f")
-
-
-def order_said(results):
-    """What the two maps say of the order, in counts and with each way tuned."""
-    lines = []
-    for name, title in MAPS.items():
-        config, summary = results[name]
-        said, again = order.counts(config, summary), results[f"{name}-again"][0]
-        bases = (order.OWN, order.CONTROL, order.CONSTANT)
-        tuned = [", ".join(tuned_against(results, name, base)) for base in bases]
-        lines.append(
-            f"From {title}: in {sum(said.values())} of {len(config.cells)} cells stage 1 leaves something to do. There "
-            f"CF-RL is ahead of its control in {said['more']}, behind in {said['less']}, equal (within "
-            f"{MARGIN:g}) in {said['equal']}, and {said['undecided']} are undecided at {config.seeds} seeds, all asked "
-            f"together. Each at its best cell, on {again.seeds} fresh seeds: CF-RL against that cell's control "
-            f"{tuned[0]}; against the best control {tuned[1]}; against plain RL with two constant rates {tuned[2]}."
-        )
-    return wrapped(" ".join(lines))
 
 
 def wrapped(text, indent=""):
@@ -432,6 +446,7 @@ def sections(results, positions, update, effects):
     gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
     worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
     count = {name: lines_of_code(ROOT / name) for name in BOOK}
+    robust = {"as in `speed`": results["speed"]} | {n: r for n, r in results.items() if n.startswith("robust-")}
     updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
     paired, learning = tables.paired_table, results["learning"]
     return {
@@ -465,19 +480,20 @@ def sections(results, positions, update, effects):
         "kl paired": markdown(*paired(results["kl"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
-        "order": order_said(results),
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
         "real paired": markdown(*real_paired(results["real"][1])),
         "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
         "real geometry": markdown(*geometry_rows(real)),
-        **{f"{name} map": markdown(*order.map_table(*results[name], interval=True)) for name in MAPS},
-        **{f"{name} ends": markdown(*order.map_table(*results[name], "accuracy", interval=True)) for name in MAPS},
-        **{
-            f"{name} tuned": markdown(*order.tuned_table(order.tuned(*results[name]), results[f"{name}-again"][1]))
-            for name in MAPS
-        },
-        **{f"{name} accounts": markdown(*order.accounting_table(*results[name], ACCOUNTED)) for name in MAPS},
-        **{f"{name} lost": markdown(*order.lost_table(*results[name])) for name in MAPS},
+        **{f"{name} map": markdown(*order.map_table(*results[name], speed.OVER_THE_RUN)) for name in MAPS},
+        **{f"{name} ends": markdown(*order.map_table(*results[name], speed.END)) for name in MAPS},
+        **{f"{name} arms": markdown(*speed.arms_table(*results[name])) for name in SPEEDS},
+        **{f"{name} compared": markdown(*speed.compared_table(*results[name])) for name in SPEEDS},
+        **{f"{name} margins": markdown(*speed.margins_table(*results[name])) for name in SPEEDS},
+        **{f"{name} accounts": markdown(*order.accounting_table(*results[name])) for name in SPEEDS},
+        **{f"{name} reached": markdown(*reach_table(*results[name])) for name in ("parts", "parts-learning")},
+        **{name: markdown(*constant_table(*results[name])) for name in VARIABILITY},
+        "scale": markdown(*scale_table(results["scale"][1])),
+        "robust": markdown(*speed.robust_table(robust)),
         "sizes": markdown(*size_table(results)),
         "order effects": markdown(*order.effects_table(effects)),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "control")),
@@ -492,6 +508,8 @@ def sections(results, positions, update, effects):
 
 
 MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
+SPEEDS = ("speed", "speed-learning")
+VARIABILITY = ("variability-sgd", "variability", "variability-coins-sgd", "variability-coins")
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
 
 
@@ -533,10 +551,10 @@ def main(folders):
         if config not in experiments:
             sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        if config.cells:
+        if config.measures == "accuracy":
             record["summary"] = without_the_rest(record["summary"])
-            if experiments[config] == "order":
-                record["effects"] = rounded(order.order_effects(config, out))
+        if experiments[config] == "order":
+            record["effects"] = rounded(order.order_effects(config, out))
         if experiments[config] == "confidence":
             record["positions"] = by_position(config, out) | changes_by_position(config, out)
             record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
@@ -551,27 +569,27 @@ def main(folders):
     figures.plot_influence(update, HERE / "influence.png")
     figures.plot_loop(HERE / "loop.png")
     figures.plot_sizes(sizes(results), HERE / "sizes.png")
+    figures.plot_knobs(results, HERE / "knobs.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
     for page, text in rewritten(sections(results, positions, update, effects)).items():
         write_text(page, text)
 
 
 def without_the_rest(summary):
-    """Of a map's summary what the pages show: its hundreds of curves would be most of results.json."""
+    """Of the summary of hundreds of runs what the pages show: all of it would be most of results.json."""
     kept = {arm: {name: row[name] for name in ("seed", tables.RUN, "accuracy")} for arm, row in summary.items()}
-    for arm in kept:
-        if order.CONTROL not in arm:
-            kept[arm]["curves"] = {name: summary[arm]["curves"][name] for name in ("step", "tokens", "accuracy")}
+    for arm, row in kept.items():
+        row["curves"] = {name: rounded(summary[arm]["curves"][name], 4) for name in ("step", "tokens", "accuracy")}
     return kept
 
 
-def rounded(values):
-    """Nested lists of numbers with six digits each: what a page or a picture can show."""
+def rounded(values, digits=6):
+    """Nested lists of numbers with so many digits each: what a page or a picture can show."""
     if isinstance(values, dict):
-        return {name: rounded(each) for name, each in values.items()}
+        return {name: rounded(each, digits) for name, each in values.items()}
     if isinstance(values, list):
-        return [rounded(each) for each in values]
-    return float(f"{values:.6g}") if isinstance(values, float) else values
+        return [rounded(each, digits) for each in values]
+    return float(f"{values:.{digits}g}") if isinstance(values, float) else values
 
 
 if __name__ == "__main__":

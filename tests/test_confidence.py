@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import ROUNDING, generator, seeds, states, tiny_gpt
+from tiny import ROUNDING, generator, random_batch, seeds, states, tiny_gpt
 
-from minicfrl import entropy, group_advantages
+from minicfrl import classifier_gradient, entropy, group_advantages
 from ntk import confidence_change, empirical_ntk, entropy_change
 
 
@@ -28,11 +28,20 @@ def logits_and_token(draw, most_tokens=6, states=1):
 steps = st.floats(1e-3, 10)
 
 
+def sgd_push(logits, y, phi, advantages=(1.0,), at=None):
+    """What one step of SGD of size 1 along (E4), times its N, adds to the logits at features `at` (those of the sample
+    by default): one-token samples `y` of states with these logits (n, V) and features (n, d)."""
+    actions, weights = torch.tensor(y)[:, None], torch.tensor(advantages)
+    gradient = classifier_gradient(phi[:, None], logits[:, None], actions, weights, torch.ones_like(actions).bool(), 1)
+    W = torch.zeros_like(gradient, requires_grad=True)
+    W.grad = gradient
+    torch.optim.SGD([W], lr=1.0).step()
+    return W.detach() @ (phi[0] if at is None else at)
+
+
 def residual(logits, y):
-    """g = e_y - pi, the gradient of log pi(y) in the logits."""
-    g = -logits.softmax(dim=0)
-    g[y] += 1
-    return g
+    """g = e_y - pi, as a real step on W makes it, where the features' inner product is 1."""
+    return sgd_push(logits[None], [y], torch.tensor([[0.6, 0.8]]))
 
 
 def policy(*probabilities):
@@ -151,9 +160,30 @@ def test_when_all_samples_push_with_positive_weight_a_sampled_token_is_pushed_mo
     *own, _ = state
     draw = generator(seed)
     sampled = torch.randint(len(own[0]), (len(own),), generator=draw).tolist()
-    weights = torch.rand(len(own), generator=draw) + 1e-3
-    push = sum(c * residual(logits, y) for c, logits, y in zip(weights, own, sampled, strict=True))
+    weights = (torch.rand(len(own), generator=draw) + 1e-3).tolist()
+    phi = torch.rand(len(own), 4, generator=draw)  # all inner products positive
+    push = sgd_push(torch.stack(own), sampled, phi, weights, at=torch.rand(4, generator=draw))
     assert push.argmax().item() in sampled
+
+
+@given(seed=seeds)
+def test_if_all_features_are_equal_a_centred_batch_shifts_all_logits_alike_by_the_advantages_sum(seed):
+    """The limit that does occur: equal features make one policy pi everywhere, and a group baseline makes sum A = 0, so
+    sum_i A_i (e_{y_i} - pi) = sum_i A_i e_{y_i}. Every state's logits move by that times |phi|^2: RL is then a bandit
+    without context, whatever the policy is, and the token whose advantages have the largest sum is pushed most."""
+    model, tokens, mask, _ = random_batch(seed)
+    with torch.no_grad():
+        model.body.norm.weight.zero_()
+    advantages = group_advantages(torch.rand(1, len(tokens), generator=generator(seed)), "mean")[0]
+    mask = mask & (mask.cumsum(dim=1) == 1)  # one token of each response: else longer ones weigh more
+    before = model(tokens).detach()
+    logits, phi = before[:, :-1], model.features(tokens).detach()
+    W = model.classifier.weight
+    W.grad = classifier_gradient(phi[:, :-1], logits, tokens[:, 1:], advantages, mask[:, 1:])
+    torch.optim.SGD([W], lr=1.0).step()
+    sums = torch.zeros(model.config.vocab_size).index_add(0, tokens[mask], advantages)
+    change = (model(tokens) - before).detach()
+    torch.testing.assert_close(change, (sums * (phi[0, 0] @ phi[0, 0]) / mask.sum()).expand_as(change))
 
 
 def test_with_a_negative_advantage_a_token_nobody_sampled_can_be_pushed_most():
@@ -338,9 +368,19 @@ def test_a_sign_step_on_random_rewards_lowers_entropy_if_they_are_rare_and_raise
 
 @given(state=logits_and_token(), seed=seeds)
 def test_once_second_moments_are_settled_the_mean_change_is_zero_again(state, seed):
-    """Adam with frozen second moments is a fixed diagonal D: dW = D o (g phi^T), linear in g, and E g = 0."""
+    """Adam whose second moments no longer move divides by constants: dW = D o (g phi^T), linear in g, and E g = 0. Its
+    beta2 is 1 - 1e-12 here, and the moments are of order 1."""
     logits, _ = state
     draw = generator(seed)
-    phi, D = torch.randn(3, generator=draw), torch.rand(len(logits), 3, generator=draw)
-    change = expected(logits, lambda y: (D * torch.outer(residual(logits, y), phi)) @ phi)
-    assert change.abs().max() < 10 * ROUNDING
+    phi, moments = torch.randn(3, generator=draw), torch.rand(len(logits), 3, generator=draw) + 0.1
+
+    def change(y):
+        W = torch.zeros(len(logits), 3, requires_grad=True)
+        optimizer = torch.optim.Adam([W], lr=1.0, betas=(0.0, 1 - 1e-12))
+        done = torch.tensor(1e15)  # updates, so that nothing is left to correct for the start
+        optimizer.state[W] = {"step": done, "exp_avg": torch.zeros_like(W), "exp_avg_sq": moments.clone()}
+        W.grad = torch.outer(sgd_push(logits[None], [y], torch.ones(1, 1)), phi)
+        optimizer.step()
+        return W.detach() @ phi
+
+    assert expected(logits, change).abs().max() < 1e-8

@@ -56,6 +56,10 @@ class Evidence:
     def minus(self, arm, base, name=RUN, form="+.2f"):
         return over_seeds(self.gap(arm, base, name), form)
 
+    def lead_of_rest(self, arm):
+        """An arm's lead over plain RL, in parts of what plain RL leaves to gain, seed by seed."""
+        return [gap / (1 - own) for gap, own in zip(self.gap(arm, "rl"), self.values("rl", RUN), strict=True)]
+
     def shares_of_W(self, arm):
         """How much of the rise of top-1 probability on fixed states the moves of W explain, seed by seed."""
         parts = (self.values(arm, f"confidence_{name}") for name in ("by_W", "change"))

@@ -129,16 +129,16 @@ def plot_knobs(results, path):
 
 
 def plot_sizes(sizes, path):
-    """Leads, W's share of the rise of top-1 probability, and how alike features are, against the policy's width.
+    """Leads, also in parts of what plain RL leaves, and how alike features are, against the policy's width.
     `sizes` holds claims.Evidence by (width, layers); what has other than two layers is hollow."""
     panels = {
         "lead over plain RL (accuracy over the run)": {
             "cf-rl": lambda e: e.gap("cf-rl", "rl"),
             "its control": lambda e: e.gap("control", "rl"),
         },
-        "W's part of the rise of top-1": {
-            "rl, Adam": lambda e: e.shares_of_W("rl"),
-            "rl, SGD": lambda e: e.shares_of_W("rl-sgd"),
+        "the same, of what plain RL leaves": {
+            "cf-rl": lambda e: e.lead_of_rest("cf-rl"),
+            "its control": lambda e: e.lead_of_rest("control"),
         },
         "mean cosine of features, at the start": {
             "at the end of prompts": lambda e: e.values("sft", "cosine_prompt"),

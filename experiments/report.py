@@ -188,9 +188,7 @@ def size_table(results):
         rows.append([f"{width}, {layers}, {e.config.seeds}", e.of("sft", "accuracy"), e.of("rl", tables.RUN)])
         pairs = (("rl", "cf-rl"), ("rl", claims.CONTROL), (claims.CONTROL, "cf-rl"))
         rows[-1] += [e.against(*pair) for pair in pairs]
-        left = [1 - value for value in e.values("rl", tables.RUN)]
-        shares = [gap / rest for gap, rest in zip(e.gap("cf-rl", "rl"), left, strict=True)]
-        rows[-1].insert(4, claims.mean(shares, ".0%"))
+        rows[-1].insert(4, claims.mean(e.lead_of_rest("cf-rl"), ".0%"))
         rows[-1] += [e.of("sft", f"cosine_{where}") for where in WHERE] + [e.of("sft", "positive_continuation", ".0%")]
     return rows
 
@@ -233,17 +231,13 @@ def constant_table(config, summary):
     return rows
 
 
-def scale_table(summary):
+def scale_table(e):
     """The same function with a times larger W: how fast it learns, and how much of the rise of top-1 goes through W."""
-    rows = [["arm", *(f"a = {a}" for a in ("1/2", "1", "2"))]]
+    rows = [["through W; accuracy over the run", *(f"a = {a}" for a in ("1/2", "1", "2"))]]
     for arm in ("rl-sgd", "rl", "cf-rl", "control"):
-        cells = []
-        for each in (f"{arm}@a0.5", arm, f"{arm}@a2"):
-            shares = [
-                w / c for w, c in zip(*(summary[each][f"confidence_{n}"] for n in ("by_W", "change")), strict=True)
-            ]
-            cells.append(f"{over_seeds(shares, '.0%')}; {over_seeds(summary[each][tables.RUN], '.3f')}")
-        rows.append([f"`{arm}`: through W; accuracy over the run", *cells])
+        each = (f"{arm}@a0.5", arm, f"{arm}@a2")
+        cells = (f"{claims.mean(e.shares_of_W(one), '.0%')}; {e.of(one, tables.RUN, '.3f')}" for one in each)
+        rows.append([f"`{arm}`", *cells])
     return rows
 
 
@@ -492,7 +486,7 @@ def sections(results, positions, update, effects):
         **{f"{name} accounts": markdown(*order.accounting_table(*results[name])) for name in SPEEDS},
         **{f"{name} reached": markdown(*reach_table(*results[name])) for name in ("parts", "parts-learning")},
         **{name: markdown(*constant_table(*results[name])) for name in VARIABILITY},
-        "scale": markdown(*scale_table(results["scale"][1])),
+        "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
         "sizes": markdown(*size_table(results)),
         "order effects": markdown(*order.effects_table(effects)),

@@ -8,22 +8,20 @@ import torch
 from tiny import tiny_gpt
 from tiny_runs import refused, rows_of, run
 
-from experiments.arms import EXPERIMENTS, Config, coin_flips, generator
+from experiments.arms import Config, generator
 from experiments.order import (
+    BASES,
     accounting_table,
+    again,
     at_equal,
-    counts,
-    differences,
     finished_in_stage_1,
-    lost_per_update,
     map_table,
     order_effect,
     tuned,
-    tuned_arms,
-    tuned_gaps,
-    tuned_table,
+    ways,
 )
-from experiments.report import load_results
+from experiments.speed import END, OVER_THE_RUN
+from experiments.variations import coin_flips
 from experiments.verdicts import judge
 from minicfrl import Addition, RLConfig, Stage, rollout, train_rl, two_stages
 from model import GPT, GPTConfig
@@ -38,16 +36,34 @@ def test_a_cell_is_its_arm_with_another_length_and_rate():
     assert frozen == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3))
     assert control == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3, trains="all"))
     assert config.rl("classifier-last-4x2.5") == RLConfig(two_stages(9, 4, 1e-3, 2.5e-3)[::-1])
-    assert config.rl("body-first-9x2.5") == RLConfig((Stage(9, "body", 1e-3, 2.5e-3),))
-    cells = [f"{arm}-{k}x{m}" for arm in ("cf-rl", "control") for k in (2, 4) for m in ("1", "2.5")]
-    assert config.arm_list == ["rl", *cells, "control-9x1", "control-9x2.5"]
+    assert config.rl("body-first-9x2.5") == RLConfig((Stage(9, "body", 2.5e-3),))
+    four = ("cf-rl", "control", "classifier-last", "spread")
+    cells = [f"{arm}-{k}x{m}" for arm in four for k in (2, 4) for m in ("1", "2.5")]
+    assert config.arm_list == ["rl", *cells, "fast-classifier-9x1", "fast-classifier-9x2.5"]
 
 
 @pytest.mark.parametrize("multiple", [1e-7, 0.25, 1.0, 20.0, 1e6])
 def test_a_cell_s_name_holds_any_multiple(multiple):
     config = Config(stage_lengths="2", rate_multiples=str(multiple), arms="rl", lr=1e-3)
     for arm in config.arm_list[1:]:
-        assert config.stages(arm)[0].classifier_lr == pytest.approx(multiple * 1e-3)
+        rates = {stage.classifier_lr for stage in config.stages(arm)} - {None}
+        assert [*rates] == [pytest.approx(multiple * 1e-3)]
+
+
+@pytest.mark.parametrize("n, T", [(1, 4), (3, 12), (5, 7), (7, 50)])
+def test_spread_and_classifier_last_have_cf_rl_s_budgets(n, T):
+    """As many updates of W alone, at its rate, and as many of everything; spread has no two of either kind more apart
+    than evenness asks: between two updates of W lie (T - n) / (n + 1) others, up or down."""
+    config = Config(rl_steps=T, classifier_steps=n)
+
+    def budgets(arm):
+        each = [stage for stage in config.stages(arm) for _ in range(stage.steps)]
+        kinds = [(stage.trains, stage.classifier_lr, stage.lr) for stage in each]
+        return {kind: kinds.count(kind) for kind in kinds}
+
+    assert budgets("cf-rl") == budgets("classifier-last") == budgets("spread")
+    between = [stage.steps for stage in config.stages("spread") if stage.trains == "all"]
+    assert max(between) - min(between) <= 1 and len(between) <= n + 1
 
 
 def test_the_control_of_the_whole_run_at_plain_rl_s_own_rate_is_plain_rl():
@@ -71,7 +87,7 @@ def test_a_cut_map_goes_on_with_what_is_missing(tmp_path, capsys):
     assert (
         "n" in printed.split()
         and "cf-rl minus its control" in printed
-        and len({row["arm"] for row in whole}) == 1 + 1 + 10
+        and len({row["arm"] for row in whole}) == 1 + 1 + 4 * 4 + 2
     )
     (tmp_path / "control-2x5-seed0.pt").unlink()
     (tmp_path / "metrics.csv").unlink()
@@ -108,42 +124,44 @@ def test_a_map_that_cannot_be_is_refused_before_any_work(flags, named, tmp_path,
 
 
 def made_up(gap, in_stage_1=0.0, seeds=10):
-    """A 2 x 2 map whose cells differ from their controls as `gap(cell, seed)` says."""
+    """A 2 x 2 map whose cf-rl differs from the arms beside it as `gap(cell, seed)` says."""
     config = Config(
         seeds=seeds, arms="rl", rl_steps=8, classifier_steps=4, stage_lengths="2,4", rate_multiples="1,5", eval_every=2
     )
     summary = {}
     for arm in config.arm_list:
-        frozen = arm.startswith("cf-rl")
-        own = [gap(arm.removeprefix("cf-rl-"), seed) if frozen else 0.0 for seed in range(seeds)]
-        curve = [0.0, in_stage_1 if frozen else 0.0, 0.5, 0.6, 0.7]
+        first = arm.startswith("cf-rl")
+        own = [gap(arm.removeprefix("cf-rl-"), seed) if first else 0.0 for seed in range(seeds)]
+        curve = [0.0, in_stage_1 if first else 0.0, 0.5, 0.6, 0.7]
         curves = {"step": [[0, 2, 4, 6, 8]] * seeds, "accuracy": [curve] * seeds}
         summary[arm] = {"seed": list(range(seeds)), "curves": curves}
         summary[arm]["accuracy_over_the_run"] = [0.4 + seed / 10 + x for seed, x in enumerate(own)]
+        summary[arm]["accuracy"] = [0.5 + seed / 10 for seed in range(seeds)]
     return config, summary
 
 
-def test_the_map_pairs_a_cell_with_its_own_control():
+def test_the_map_pairs_a_cell_with_its_own_neighbours():
     """Seeds differ by a tenth each, which cancels; the cells differ among themselves, and one seed of one arm is not
     there: then the others are compared."""
     config, summary = made_up(lambda cell, seed: {"2x1": 0.1, "2x5": 0.2, "4x1": -0.3, "4x5": 0.0}[cell] + seed / 1e4)
-    for name in ("seed", "accuracy_over_the_run"):
+    for name in ("seed", "accuracy_over_the_run", "accuracy"):
         del summary["control-4x5"][name][3]
-    assert map_table(config, summary) == [["n", "1x", "5x"], ["2", "+0.100*", "+0.200*"], ["4", "-0.300*", "+0.000="]]
-    assert len(differences(config, summary)[4, 5.0]) == 9
-    assert counts(config, summary) == {"more": 2, "less": 1, "equal": 1, "undecided": 0}
+    rows = map_table(config, summary, OVER_THE_RUN)
+    assert rows[0] == ["n, rate of W", *(f"minus {base}" for base in BASES)] and len(BASES) == 3
+    assert [row[0] for row in rows[1:]] == ["2, 1x", "2, 5x", "4, 1x", "4, 5x"]
+    assert [row[1].partition(" ")[0] for row in rows[1:]] == ["+0.100", "+0.200", "-0.300", "+0.000"]
+    assert [row[3].rpartition(": ")[2] for row in rows[1:4]] == ["faster", "faster", "slower"]
+    assert map_table(config, summary, END)[1][1] == "+0.000 ±0.000: equal"
     del summary["cf-rl-2x1"]
-    assert map_table(config, summary)[1] == ["2", "stopped", "+0.200*"]
-    summary["cf-rl-2x5"]["seed"] = range(10, 20)  # on none of these has its control finished
-    assert map_table(config, summary)[1] == ["2", "stopped", "stopped"]
+    summary["cf-rl-2x5"]["seed"] = range(10, 20)  # on none of these have its neighbours finished
+    assert map_table(config, summary, OVER_THE_RUN)[1][1:] == map_table(config, summary, OVER_THE_RUN)[2][1:]
+    assert map_table(config, summary, OVER_THE_RUN)[1][1:] == ["stopped"] * 3
 
 
-def test_cells_that_stage_1_finishes_are_marked_and_not_counted():
+def test_cells_that_stage_1_finishes_are_marked():
     config, summary = made_up(lambda cell, seed: 0.1, in_stage_1=0.95)
     assert finished_in_stage_1(config, summary, (2, 1.0))
-    assert (
-        map_table(config, summary)[1] == ["2", "(+0.100*)", "(+0.100*)"] and sum(counts(config, summary).values()) == 0
-    )
+    assert map_table(config, summary, OVER_THE_RUN)[1][1] == "(+0.100 ±0.000: faster)"
 
 
 def test_reaching_the_threshold_after_stage_1_is_not_reaching_it_within():
@@ -153,40 +171,27 @@ def test_reaching_the_threshold_after_stage_1_is_not_reaching_it_within():
     assert not finished_in_stage_1(config, summary, (2, 1.0)) and finished_in_stage_1(config, summary, (4, 1.0))
 
 
-def test_a_tuned_arm_is_chosen_on_the_map_and_shown_on_other_seeds():
-    """`cf-rl-4x5` is best on the map and worst again: it is chosen, and what it does again is said."""
+def test_a_tuned_arm_is_the_best_of_its_way_and_runs_again_beside_what_has_its_cell():
     config, summary = made_up(lambda cell, seed: 0.5 if cell == "4x5" else 0.0)
+    summary["spread-2x5"]["accuracy_over_the_run"] = [0.9] * 10
     best = tuned(config, summary)
-    assert best["cf-rl"] == "cf-rl-4x5" and best["cf-rl's own control"] == "control-4x5" and best["rl"] == "rl"
-    _, again = made_up(lambda cell, seed: -0.1 if cell == "4x5" else 0.0)
-    gaps = tuned_gaps(best, again)
-    assert gaps["cf-rl", "rl"] == gaps["cf-rl", "cf-rl's own control"] == pytest.approx([-0.1] * 10)
-    assert [len(arms) for arms in tuned_arms(config).values()] == [4, 4, 2, 1]
-
-
-@pytest.mark.parametrize("name", ["order", "order-learning"])
-def test_what_a_map_chose_is_what_is_run_again(name):
-    """On seeds that the map has not seen."""
-    results, *_ = load_results()
-    config, again = results[name][0], Config(**EXPERIMENTS[f"{name}-again"])
-    assert set(tuned(*results[name]).values()) == set(again.arm_list)
-    assert again.seed == config.seed + config.seeds and again.sft_steps == config.sft_steps
+    assert best["cf-rl"] == "cf-rl-4x5" and best["spread"] == "spread-2x5"
+    assert [len(arms) for arms in ways(config).values()] == [4, 4, 4, 4, 2]
+    beside = {"rl", "cf-rl-4x5", "control-4x5", "classifier-last-4x5", "spread-4x5", "spread-2x5"}
+    assert beside <= {*again(config, best)} <= beside | {*best.values()}
 
 
 def test_many_questions_at_once_are_asked_at_a_stricter_level():
     """Ten differences of .03 +- .035, t = 2.6, are beyond doubt if they are all that is asked (t = 2.3), and not beside
-    three others (t = 3.1): not on a map of four cells, not as one of six tuned gaps, not as one of four accounts."""
+    others (t = 3.1 and more): not on a map of four cells and three bases, not as one of eight accounts."""
     noise = [0.03 + sign * 0.035 for sign in (1, -1)] * 5
     config, summary = made_up(lambda cell, seed: noise[seed])
-    assert judge(differences(config, summary)[2, 1.0]) == "more"
-    assert map_table(config, summary)[1] == ["2", "+0.030", "+0.030"]
-    assert counts(config, summary)["undecided"] == 4
-    best = tuned(config, summary)
-    assert judge(tuned_gaps(best, summary)["cf-rl", "rl"]) == "more"
-    assert tuned_table(best, summary)[1][3].endswith("undecided")
-    accounts = {"rl": straight([0.1] * 10), "cf-rl-2x5": straight([0.1 + x / 4 for x in noise])}
-    assert judge(at_equal(accounts, "cf-rl-2x5", "rl", 2, "samples")) == "more"
-    assert accounting_table(None, accounts, [(2, 5.0)])[1][2].endswith("undecided")
+    assert judge(OVER_THE_RUN.gaps(config, summary, "cf-rl-2x1", "control-2x1")) == "more"
+    assert all(cell.endswith("undecided") for cell in map_table(config, summary, OVER_THE_RUN)[1][1:])
+    accounts = {"rl": straight([0.1] * 10), "control": straight([0.1] * 10)}
+    accounts["cf-rl"] = straight([0.1 + x / 4 for x in noise])
+    assert judge(at_equal(accounts, "cf-rl", "rl", 4, "samples")) == "more"
+    assert [row[2].rpartition(": ")[2] for row in accounting_table(config, accounts)[1:]] == ["undecided"] * 2
 
 
 def straight(slopes, tokens=10, wait=0, steps=9):
@@ -215,13 +220,6 @@ def test_equal_budgets_of_four_kinds_by_hand():
     assert at_equal(summary, "long", "rl", 0, "tokens")[0] == pytest.approx(-0.2, abs=1e-9)
     # in updates of plain RL: the arm waits for 2, and ends at 6: -(0.1 b) up to 2, then -0.2: areas 0.2 and 0.8 over 6
     assert at_equal(summary, "arm", "rl", 4, "operations")[0] == pytest.approx(-1.0 / 6, abs=2e-3)
-
-
-def test_the_loss_per_update_is_one_number_where_freezing_only_delays():
-    """A made-up map whose cells lose 0.005 K (1 - K / 16) at plain RL's rate, as theory says for T = 8 updates."""
-    lost = {"2x1": 0.005 * 2 * (1 - 2 / 16), "4x1": 0.005 * 4 * (1 - 4 / 16)}
-    config, summary = made_up(lambda cell, seed: -lost.get(cell, 0.0))
-    assert lost_per_update(config, summary) == {k: pytest.approx([0.005] * 10) for k in (2, 4)}
 
 
 def test_the_order_of_two_moves_is_of_second_order():

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 
@@ -250,7 +251,7 @@ class Rollout:
 
     tokens: Tensor  # (R, T) int64
     mask: Tensor  # (R, T) bool, true on response tokens: the end token included, nothing after it
-    logits: Tensor  # (R, T-1, V), those that were sampled from
+    logits: Tensor  # (R, L, V), those that the last L of the T tokens, the responses, were sampled from
     rewards: Tensor  # (P, G)
     responses: tuple[str, ...]  # R texts, without the end token
 
@@ -261,13 +262,14 @@ class Rollout:
 
     @property
     def logp(self) -> Tensor:
-        """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats."""
-        return token_logp(self.logits, self.tokens[:, 1:])
+        """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats; 0 for those of the prompt."""
+        L = self.logits.size(1)
+        return pad(token_logp(self.logits, self.tokens[:, -L:]), (self.tokens.size(1) - 1 - L, 0))
 
     @property
     def state_logits(self) -> Tensor:
         """(N, V): the logits of the N states that chose a response token, row by row."""
-        return self.logits[self.mask[:, 1:]]
+        return self.logits[self.mask[:, -self.logits.size(1) :]]
 
 
 def rollout(model: GPT, task, prompts: Sequence[str], samples: int, generator=None) -> Rollout:

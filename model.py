@@ -180,21 +180,22 @@ def sample(
     policy that is differentiated; without a generator it takes the most likely token instead.
 
     Returns, for B = P * samples rows in the prompts' order, tokens (B, T); mask (B, T), true on response tokens, the
-    end token included and nothing after it; and the logits (B, T-1, V) of every state on the way. Shorter rows are
-    padded with the end token. Raises ValueError for bad arguments, FloatingPointError for logits that are not finite.
+    end token included and nothing after it; and the logits (B, T-T0, V) that tokens[:, T0:] were drawn from. Shorter
+    rows are padded with the end token. ValueError for bad arguments, FloatingPointError for logits that are not finite.
     """
     check_tokens(model, prompts)
     check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
     check(0 <= end_token < model.config.vocab_size, f"end token {end_token} is outside the vocabulary")
     cache = [[] for _ in model.body.blocks]
-    logits = [model.classifier(model.body(prompts, cache)).repeat_interleave(samples, dim=0)]  # each prompt read once
+    first = model.classifier(model.body(prompts, cache))[:, -1:]  # each prompt is read once
+    logits = [first.repeat_interleave(samples, dim=0)]  # (B, 1, V) each
     for keys_and_values in cache:
         keys_and_values[:] = (x.repeat_interleave(samples, dim=0) for x in keys_and_values)
     tokens = prompts.repeat_interleave(samples, dim=0)  # (B, T0), and one longer with every token drawn
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)  # (B,)
     while True:
-        last = logits[-1][:, -1]  # (B, V)
+        last = logits[-1][:, 0]  # (B, V)
         if not last.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
         token = (

@@ -28,7 +28,7 @@ def telling_group(model, task, draws):
     p = max(range(len(prompts)), key=telling)
     rows = slice(p * SAMPLES, (p + 1) * SAMPLES)
     T = len(prompts[p]) + int(batch.mask[rows].sum(dim=1).max())
-    tokens, mask, logits = batch.tokens[rows, :T], batch.mask[rows, :T], batch.logits[rows, : T - 1]
+    tokens, mask, logits = batch.tokens[rows, :T], batch.mask[rows, :T], batch.logits[rows, : T - len(prompts[p])]
     return prompts[p], Rollout(tokens, mask, logits, batch.rewards[p : p + 1], batch.responses[rows])
 
 

@@ -23,7 +23,7 @@ def coin_flips(batch, generator):
 
 def self_certainty(batch, generator=None):
     """KL(uniform || pi) in nats, averaged over the response's states (Zhao et al., arXiv 2505.19590)."""
-    mask = batch.mask[:, 1:]
+    mask = batch.mask[:, -batch.logits.size(1) :]
     certainty = kl_divergence(torch.zeros_like(batch.logits), batch.logits)  # (R, L)
     return (certainty.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).view_as(batch.rewards)
 

@@ -253,6 +253,17 @@ def whole_run():
     )
 
 
+def start_up():
+    """Wall seconds until the command line answers, to what it is asked and to what it refuses: medians of three."""
+    for flags in (["--help"], ["--lr", "nan"]):
+        walls = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "train_toy.py", *flags], capture_output=True)
+            walls.append(time.perf_counter() - start)
+        print(f"python train_toy.py {' '.join(flags)}: {statistics.median(walls):.1f} s")
+
+
 class Course:
     """What happens along a run: held-out accuracy every 20 updates, and seconds of each update but the first."""
 
@@ -391,4 +402,5 @@ if __name__ == "__main__":
     if "--kernel" in sys.argv[1:]:
         kernel_costs()
     if "--run" in sys.argv[1:]:
+        start_up()
         whole_run()

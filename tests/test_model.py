@@ -33,16 +33,16 @@ def test_the_sampler_logits_are_the_full_forward_logits(seed, rows, prompt, samp
     prompts = tokens_like(model, rows, prompt, seed)
     tokens, _, logits = sample(model, prompts, 6 - prompt, 0, generator(seed), samples)
     assert torch.equal(tokens[:, :prompt], prompts.repeat_interleave(samples, dim=0))
-    torch.testing.assert_close(logits, model(tokens)[:, :-1], rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(logits, model(tokens)[:, prompt - 1 : -1], rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_the_sampler_logits_are_the_full_forward_logits_in_float32():
     """The same in the precision that training runs in: 1e-5 is some hundred roundings of numbers of order 1."""
     model = tiny_gpt(0, block_size=16, n_embd=64).float()
     tokens, _, logits = sample(model, tokens_like(model, 64, 6, 0), 10, 0, generator(0))
-    torch.testing.assert_close(logits, model(tokens)[:, :-1], rtol=1e-5, atol=1e-5)
-    logp = token_logp(logits, tokens[:, 1:])
-    torch.testing.assert_close(logp, sequence_logp(model, tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, model(tokens)[:, 5:-1], rtol=1e-5, atol=1e-5)
+    logp = token_logp(logits, tokens[:, 6:])
+    torch.testing.assert_close(logp, sequence_logp(model, tokens)[:, 5:], rtol=1e-5, atol=1e-5)
 
 
 @given(seed=seeds, rows=st.integers(1, 6))
@@ -61,8 +61,8 @@ def test_the_mask_credits_the_first_end_token_and_nothing_after_it(seed, rows):
 def test_without_a_generator_the_most_likely_token_is_taken(seed):
     model = tiny_gpt(seed)
     tokens, mask, logits = sample(model, tokens_like(model, 3, 2, seed), 4, 0)
-    chosen = mask[:, 1:]
-    assert torch.equal(tokens[:, 1:][chosen], logits.argmax(dim=-1)[chosen])
+    chosen = mask[:, 2:]
+    assert torch.equal(tokens[:, 2:][chosen], logits.argmax(dim=-1)[chosen])
 
 
 def test_sampling_frequencies_match_the_policy():

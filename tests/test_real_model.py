@@ -64,7 +64,8 @@ def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind)
     mask, close = batch.mask[:, 1:], dict(rtol=1e-4, atol=1e-5)
     plain = model.body.base(batch.tokens).last_hidden_state
     torch.testing.assert_close(model.features(batch.tokens), plain, **close)
-    torch.testing.assert_close(batch.logits, model.classifier(plain)[:, :-1], **close)
+    sampled_from = model.classifier(plain)[:, -1 - batch.logits.size(1) : -1]
+    torch.testing.assert_close(batch.logits, sampled_from, **close)
     advantages, gradients = torch.randn(12, generator=generator(2)), []
     for logp in (
         sequence_logp(model, batch.tokens),
@@ -75,6 +76,19 @@ def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind)
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, **close)
     assert sum(g.norm() for g in gradients[0]) > 0.1
+
+
+def test_equal_beginnings_are_read_once_while_sampling_too():
+    """Every distinct beginning of the sampled responses costs one token, the prompts' own their distinct ones, and the
+    examples that all begin with are read once; the last token of a response is never read."""
+    model, read = policy(), []
+    model.body.base.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].numel()))
+    tokens = sampled(model).tokens
+    examples, prompts = TASK.shared
+    distinct = [len({tuple(row[:end]) for row in tokens.tolist()}) for end in range(1, tokens.size(1))]
+    assert distinct[examples - 1] == 1 and distinct[prompts - 1] == 3
+    assert read[:2] == [examples, 3 * (prompts - examples)] and read[2:] == distinct[prompts:]
+    assert sum(read) < tokens.numel() / 3
 
 
 def test_a_batch_without_advantage_has_a_gradient_of_zeros():

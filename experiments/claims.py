@@ -1,13 +1,13 @@
-"""What the two papers claim, and what came of it: rows of data. Verdict and evidence are both read off the runs.
+"""What the two papers claim, and what came of it: rows of data. Verdicts are read off the runs.
 
-A new claim is one more row of FIRST_PAPER or SECOND_PAPER: claim, Evidence -> verdict, Evidence -> text, experiment.
+A new claim is one more row of FIRST_PAPER or SECOND_PAPER: claim, Evidence -> verdict, experiment.
 Every verdict is experiments.verdicts.judge of paired differences; a row only says in which words.
 """
 
 import statistics
 
 from experiments.order import at_equal
-from experiments.speed import AREA, END, yardsticks
+from experiments.speed import AREA, END
 from experiments.tables import RUN, at, over_seeds, paired
 from experiments.verdicts import MARGIN, SPEED, judge
 
@@ -65,11 +65,6 @@ class Evidence:
         parts = (self.values(arm, f"confidence_{name}") for name in ("by_W", "change"))
         return [part / whole for part, whole in zip(*parts, strict=True)]
 
-    def through_W(self, arm):
-        """The same over all seeds, as a ratio of means."""
-        part, whole = (statistics.fmean(self.values(arm, f"confidence_{name}")) for name in ("by_W", "change"))
-        return f"{part / whole:.0%}"
-
     def mostly_through_W(self, *arms):
         """Is W's part more than half of it? The arms, sorted by the answer."""
         answers = {}
@@ -101,9 +96,6 @@ class Evidence:
 
     def ends(self, arm):
         return self.says(self.gap(arm, "rl", "accuracy"), "better", "worse")
-
-    def after_stage_1(self, arm, name):
-        return over_seeds(at(self.summary, arm, name, self.config.classifier_steps), ".2f")
 
     def gains(self, arm):
         """What accuracy gained by the patterns' shares, and by their success (E11)."""
@@ -156,6 +148,10 @@ class Evidence:
         half, last = self.config.rl_steps // 2, self.config.rl_steps
         return self.gain(arm, 0, half), self.gain(arm, half, last)
 
+    def alone(self, part):
+        """Accuracy at the end of a part trained alone."""
+        return self.of(next(arm for arm in self.summary if arm.startswith(f"{part}-only-")), "accuracy")
+
     def halves(self, arm):
         return " then ".join(self.says(change, "helps", "harms") for change in self.rise_and_fall(arm))
 
@@ -182,87 +178,56 @@ FIRST_PAPER = (
     (
         "RL makes a policy more confident (top-1 probability)",
         lambda e: (
-            f"{e.says(e.gap('rl', 'sft', 'confidence'))}; with coin flips for rewards, by SGD: "
+            f"{e.says(e.gap('rl', 'sft', 'confidence'))}, {e.minus('rl', 'sft', 'confidence')}; coin flips, SGD: "
             f"{e.says(e.gap('random-reward-sgd', 'sft', 'confidence'), 'too')}"
-        ),
-        lambda e: (
-            f"top-1 {e.of('sft', 'confidence')} → {e.of('rl', 'confidence')}; coin flips, SGD "
-            f"{e.minus('random-reward-sgd', 'sft', 'confidence')}; Adam: accuracy {e.of('random-reward', 'accuracy')}"
         ),
         "confidence",
     ),
     (
-        "RL makes a policy less diverse (than imitation, at equal accuracy)",
-        lambda e: e.says(e.gap("ft", "rl", "different_answers"), margin=0.0),
+        "and less diverse (than imitation, at equal accuracy)",
         lambda e: (
-            "rl minus imitation: different answers among 64 samples "
-            f"{e.minus('rl', 'ft', 'different_answers', '+.1f')}, accuracy {e.minus('rl', 'ft', 'accuracy')}"
+            f"{e.says(e.gap('ft', 'rl', 'different_answers'), margin=0.0)}, "
+            f"{e.minus('rl', 'ft', 'different_answers', '+.1f')} answers in 64 samples"
         ),
         "lp-ft",
     ),
     (
-        "so confidence (top-1 probability) rises through R, by moving W",
-        lambda e: f"in this parametrisation, at these rates: {e.mostly_through_W('rl-sgd', 'rl')}",
-        lambda e: (
-            f"W's part of the rise on fixed states: SGD {e.through_W('rl-sgd')}, Adam {e.through_W('rl')}; the same "
-            f"policy with W twice as large: {e.at('scale').through_W('rl-sgd@a2')} and "
-            f"{e.at('scale').through_W('rl@a2')}"
-        ),
+        "confidence rises through R, by moving W",
+        lambda e: f"in this parametrisation, at these rates, {e.mostly_through_W('rl-sgd', 'rl')}",
         "scale",
     ),
     (
         "because features vary little",
         lambda e: (
-            f"at the same rate: {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}; at a rate that keeps "
-            f"R's trace: {e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), 'still', 'the reverse')}"
-        ),
-        lambda e: (
-            f"top-1 rises by {e.of(VARIED, 'confidence_change', '.3f')}; with features alike (a constant one of 2 |φ|) "
-            f"{e.minus(ALIKE, VARIED, 'confidence_change', '+.3f')}, R's trace kept "
-            f"{e.minus(ALIKE_KEPT, VARIED, 'confidence_change', '+.3f')}"
+            f"at one rate {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}; at one trace of R "
+            f"{e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), 'still', 'the reverse')}"
         ),
         "variability-sgd",
     ),
     (
         "CF-RL learns faster than plain RL",
-        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; but so does the control: {e.compared(AREA, CONTROL, 'rl')}",
-        lambda e: (
-            f"updates to .9: cf-rl {e.measured(yardsticks(e.config)[0], 'cf-rl')}, control "
-            f"{e.measured(yardsticks(e.config)[0], CONTROL)}, rl {e.measured(yardsticks(e.config)[0], 'rl')}"
-        ),
+        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; its control too, {e.minus(CONTROL, 'rl')}",
         "speed",
     ),
     (
         "and where features must be learnt",
-        lambda e: (
-            f"{e.compared(AREA, 'cf-rl', 'rl')}; the control {e.compared(AREA, CONTROL, 'rl')}; at the end "
-            f"{e.compared(END, 'cf-rl', 'rl')}"
-        ),
-        lambda e: "; ".join(
-            f"{each.heading}: cf-rl {e.measured(each, 'cf-rl')}, control {e.measured(each, CONTROL)}, rl "
-            f"{e.measured(each, 'rl')}"
-            for each in yardsticks(e.config)[:2]
-        ),
+        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; at the end {e.compared(END, 'cf-rl', 'rl')}",
         "speed-learning",
     ),
     (
-        "because it comes first",
-        lambda e: f"last, at equal budgets, at the end: {e.compared(END, 'cf-rl', 'classifier-last')}",
-        lambda e: f"where features must be learnt {e.at('speed-learning').compared(END, 'cf-rl', 'classifier-last')}",
+        "because W comes first",
+        lambda e: (
+            f"not seen: against W last, at the end, {e.compared(END, 'cf-rl', 'classifier-last')}; where features must "
+            f"be learnt {e.at('speed-learning').compared(END, 'cf-rl', 'classifier-last')}"
+        ),
         "speed",
     ),
     (
         "W shapes G, so that stage 2 learns faster",
         lambda e: (
-            f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}, under the control too: "
-            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; stage 2 against rl from equal accuracy: "
-            f"{e.says(e.stage_2_lead(), 'gains more', 'gains less')}"
-        ),
-        lambda e: (
-            f"norm of G × {e.after_stage_1('cf-rl', 'kernel_G_by_W')}, control × "
-            f"{e.after_stage_1('control', 'kernel_G_by_W')}, W moved at random × "
-            f"{e.after_stage_1('random-w', 'kernel_G_by_W')}; gain "
-            f"{', rl '.join(mean(gains) for gains in e.stage_2_gains())}"
+            f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}, the control's too: "
+            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; from equal accuracy stage 2 gains "
+            f"{e.says(e.stage_2_lead(), 'more', 'less', 'as much')}"
         ),
         "classifier",
     ),
@@ -271,26 +236,16 @@ FIRST_PAPER = (
         lambda e: e.says(
             [x - y for x, y in zip(e.gap("rl", "sft", "best_of_1"), e.gap("rl", "sft", "best_of_64"), strict=True)]
         ),
-        lambda e: (
-            f"rl's lead over the start with 1 sample {e.minus('rl', 'sft', 'best_of_1')}, with 64 "
-            f"{e.minus('rl', 'sft', 'best_of_64')}"
-        ),
         "learning",
     ),
     (
-        "CF-RL works otherwise than linear probing, then fine-tuning (`lp-ft`)",
+        "CF-RL works otherwise than linear probing, then fine-tuning",
         lambda e: (
-            f"its two marks do not tell: W grows more than without stage 1: "
-            f"{e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, lp-ft "
-            f"{e.says(e.gap('lp-ft', 'ft', 'classifier_norm'), margin=0.0)}; features move less: "
-            f"{e.says(e.gap('rl', 'cf-rl', 'feature_change'), margin=0.0)}, lp-ft "
+            "its marks cannot tell; W grows, features move less: "
+            f"{e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, "
+            f"{e.says(e.gap('rl', 'cf-rl', 'feature_change'), margin=0.0)}, so for lp-ft: "
+            f"{e.says(e.gap('lp-ft', 'ft', 'classifier_norm'), margin=0.0)}, "
             f"{e.says(e.gap('ft', 'lp-ft', 'feature_change'), margin=0.0)}"
-        ),
-        lambda e: (
-            f"norm of W: cf-rl {e.of('cf-rl', 'classifier_norm')} (rl {e.of('rl', 'classifier_norm')}), lp-ft "
-            f"{e.of('lp-ft', 'classifier_norm')} (ft {e.of('ft', 'classifier_norm')}); features moved "
-            f"{e.of('cf-rl', 'feature_change')} ({e.of('rl', 'feature_change')}), {e.of('lp-ft', 'feature_change')} "
-            f"({e.of('ft', 'feature_change')})"
         ),
         "lp-ft",
     ),
@@ -299,7 +254,6 @@ SECOND_PAPER = (
     (
         "RL selects among patterns whose success stays constant",
         lambda e: f"{e.selects('rl')}; in `learning` {e.at('learning').selects('rl')}",
-        lambda e: f"gain by shares and by success {e.gains('rl')}; in `learning` {e.at('learning').gains('rl')}",
         "confidence",
     ),
     (
@@ -309,58 +263,31 @@ SECOND_PAPER = (
             "yes, one, as the task was built to have",
             margin=0.0,
         ),
-        lambda e: (
-            f"{e.of('rl', 'kl_first')} of {e.of('rl', 'kl')} nats of KL to the start; the likeliest first token "
-            f"changes on {e.of('rl', 'changed_first', '.0%')} of prompts, later ones on "
-            f"{e.of('rl', 'changed_later', '.1%')}"
-        ),
         "confidence",
     ),
     (
         "if only the best pattern beats the average, its share just rises",
         lambda e: e.says(e.gap("rl-sgd", "sft", "share_s")),
-        lambda e: (
-            f"share of s {e.of('sft', 'share_s')} → {e.of('rl-sgd', 'share_s')}, at least "
-            f"{mean(e.lowest_share('rl-sgd'))} of its start"
-        ),
         "regime-1",
     ),
     (
         "if a mediocre one (d) beats it too, it first crowds the best out (by more than a twentieth)",
         lambda e: (
-            f"with SGD {e.says(e.skilled('d').dips('rl-sgd'))}, with Adam "
+            f"on {len(e.skilled('d').values('sft', 'seed'))} seeds, SGD {e.says(e.skilled('d').dips('rl-sgd'))}, Adam "
             f"{e.says(e.skilled('d').dips('rl'), less='no')}"
-        ),
-        lambda e: (
-            f"on the {len(e.skilled('d').values('sft', 'seed'))} seeds whose start knows d, the share of s falls to "
-            f"{mean(e.skilled('d').lowest_share('rl-sgd'))} of its start (Adam "
-            f"{mean(e.skilled('d').lowest_share('rl'))}); accuracy at the end "
-            f"{e.skilled('d').of('rl-sgd', 'accuracy')} (Adam {e.skilled('d').of('rl', 'accuracy')})"
         ),
         "regime-2",
     ),
     (
         "imitating the best pattern first shortens that",
         lambda e: e.says(e.skilled("d").gap("sft-rl-sgd", "rl-sgd", "accuracy")),
-        lambda e: (
-            f"accuracy at the end {e.skilled('d').of('sft-rl-sgd', 'accuracy')}, without "
-            f"{e.skilled('d').of('rl-sgd', 'accuracy')}"
-        ),
         "regime-2",
     ),
     (
         "RL on the policy's own certainty first helps, then harms",
         lambda e: (
-            f"halves of the run, where d is rare: {e.halves('self-certainty')}; where it is common: "
-            f"{e.at('rlif').halves('self-certainty')}, SGD {e.at('rlif').halves('self-certainty-sgd')}"
-        ),
-        lambda e: "; ".join(
-            " and ".join(mean(change, "+.2f") for change in seen.rise_and_fall(arm))
-            for seen, arm in (
-                (e, "self-certainty"),
-                (e.at("rlif"), "self-certainty"),
-                (e.at("rlif"), "self-certainty-sgd"),
-            )
+            f"where d is rare {e.halves('self-certainty')}; where common {e.at('rlif').halves('self-certainty')}, "
+            f"SGD {e.at('rlif').halves('self-certainty-sgd')}"
         ),
         "regime-1",
     ),
@@ -421,10 +348,9 @@ def side_by_side(results):
 
 
 def rows(results):
-    """The rows of a table: claim, verdict, evidence, and the experiment that shows it."""
-    yield ["claim", "here", "evidence", "experiment"]
+    """The rows of a table: claim, verdict, and the experiment that shows it."""
+    yield ["claim", "here", "numbers"]
     for paper, claims in {"First paper": FIRST_PAPER, "Second paper": SECOND_PAPER}.items():
-        yield [f"**{paper}**", "", "", ""]
-        for claim, verdict, evidence, name in claims:
-            seen = Evidence(results, name)
-            yield [claim, verdict(seen), evidence(seen), f"[`{name}`](experiments/results.md#{name})"]
+        yield [f"**{paper}**", "", ""]
+        for claim, verdict, name in claims:
+            yield [claim, verdict(Evidence(results, name)), f"[`{name}`](experiments/results.md#{name})"]

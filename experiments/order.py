@@ -4,18 +4,15 @@ In every cell cf-rl stands beside three arms with the same rates: its control, w
 budgets for W and body to the update, classifier-last, in the other order, and spread, which has no order.
 """
 
-import copy
 import statistics
 
 import numpy as np
-import torch
 
-from experiments.arms import MAPPED, generator
-from experiments.runs import filled, load_policy
+from experiments.arms import MAPPED
+from experiments.runs import filled
 from experiments.speed import END, OVER_THE_RUN
 from experiments.tables import RUN, lines_of, over_seeds
 from experiments.verdicts import judge
-from minicfrl import group_advantages, policy_gradient_loss, rollout, sequence_logp
 
 CF_RL, *BASES = MAPPED
 
@@ -61,10 +58,13 @@ def tuned(config, summary):
     return {way: max(arms, key=lambda arm: statistics.fmean(summary[arm][RUN])) for way, arms in ways(config).items()}
 
 
-def again(config, best):
-    """The arms to run again on fresh seeds: each way's best, and what has the same cell as the best cf-rl."""
-    cell = best[CF_RL].removeprefix(CF_RL)
-    return list(dict.fromkeys(["rl", *best.values(), *(f"{base}{cell}" for base in BASES)]))
+def asked_again(best):
+    """The comparisons that fresh seeds decide: the best cf-rl and the best constant rates with plain RL, and cf-rl with
+    those, with the best control, and with what has its own cell."""
+    first, constant = best[CF_RL], best["fast-classifier"]
+    beside = [first.replace(CF_RL, base) for base in BASES]
+    bases = dict.fromkeys(["rl", constant, best["control"], *beside])
+    return [(first, base) for base in bases] + [(constant, "rl")]
 
 
 # ------------------------------------------------------------------------------------------------- what a run has cost
@@ -111,62 +111,6 @@ def accounting_table(config, summary, bases=("rl", "control")):
         gaps = [at_equal(summary, CF_RL, base, config.classifier_steps, of) for of in ACCOUNTS]
         said = [f"{over_seeds(gap, '+.3f')}: {judge(gap, looks=len(ACCOUNTS) * len(bases))}" for gap in gaps]
         rows.append([f"minus {base}", *said])
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------- what theory predicts
-
-
-def moved(policy, batch, advantages, rates, turns):
-    """A copy of `policy` after some updates by Adam along (E3) on one batch. `turns` are (which parts, how often)."""
-    policy = copy.deepcopy(policy)
-    for parts, updates in turns:
-        groups = [{"params": getattr(policy, part).parameters(), "lr": rates[part]} for part in parts]
-        optimizer = torch.optim.Adam(groups)
-        for _ in range(updates):
-            policy.zero_grad()
-            logp = sequence_logp(policy, batch.tokens)
-            policy_gradient_loss(logp, advantages, batch.mask[:, 1:]).backward()
-            optimizer.step()
-    return policy
-
-
-def order_effect(policy, batch, advantages, rates, updates):
-    """How much it matters whether W moves first and the body then, or both at once: the difference of the logits at the
-    batch's states, relative to how far they move. The order is of second order in the step, so this is of first."""
-    turns = {"both": [(("classifier", "body"), updates)], "in turn": [(("classifier",), updates), (("body",), updates)]}
-    with torch.no_grad():
-        start = policy(batch.tokens)[batch.state_mask]
-    ends = [moved(policy, batch, advantages, rates, turn) for turn in turns.values()]
-    with torch.no_grad():
-        both, in_turn = (each(batch.tokens)[batch.state_mask] for each in ends)
-    return ((in_turn - both).norm() / (both - start).norm()).item()
-
-
-SCALES = (1, 1 / 2, 1 / 4, 1 / 8)  # of all rates
-
-
-def order_effects(config, out, updates=(1, 8), seeds=3):
-    """{f"{n}, {multiple:g}x": [[order_effect per scale of the rates], per seed]} from a run's starting policies."""
-    effects = {}
-    for seed in range(config.seed, config.seed + seeds):
-        task, policy = load_policy(config, out, "sft", seed)
-        pairs = task.train_pairs[:: len(task.train_pairs) // 8][:8].tolist()
-        batch = rollout(policy, task, [task.prompt(a, b) for a, b in pairs], config.samples, generator(seed, "order"))
-        advantages = group_advantages(batch.rewards).flatten()
-        for n in updates:
-            for multiple in config.grid("rate_multiples", float):
-                rates = [{"classifier": scale * multiple * config.lr, "body": scale * config.lr} for scale in SCALES]
-                row = [order_effect(policy, batch, advantages, rate, n) for rate in rates]
-                effects.setdefault(f"{n}, {multiple:g}x", []).append(row)
-    return effects
-
-
-def effects_table(effects):
-    """The same as a table: at the training's rates, and at a half, a quarter and an eighth of them."""
-    rows = [["updates, rate of W", *(f"rates × {scale:g}" for scale in SCALES)]]
-    for name, seeds in effects.items():
-        rows.append([name, *(f"{statistics.fmean(values):.1%}" for values in zip(*seeds, strict=True))])
     return rows
 
 

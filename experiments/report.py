@@ -19,15 +19,13 @@ from pathlib import Path
 import torch
 
 from experiments import claims, figures, order, real_model, speed, tables
-from experiments.arms import EXPERIMENTS, SAMPLES, Config, arm_named, generator
-from experiments.measures import cosines, departure, start_probe
+from experiments.arms import EXPERIMENTS, Config, arm_named
 from experiments.one_update import closely
 from experiments.real_model import RealConfig
 from experiments.runs import filled, load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
 from experiments.verdicts import judge
-from minicfrl import Addition, group_advantages, policy_gradient_loss, rollout, sequence_logp
-from ntk import agreement, logit_change
+from minicfrl import Addition
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -47,22 +45,8 @@ def lines_of_code(path):
     return sum(1 for n, line in lines if n not in prose and line.strip() and not line.strip().startswith("#"))
 
 
-def falls(curve):
-    """How far a curve ever falls below its best so far."""
-    return max(max(curve[: i + 1]) - value for i, value in enumerate(curve))
-
-
 def markdown(heading, *rows, align="---:"):
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] + [align] * (len(heading) - 1), *rows))
-
-
-def agreement_table(summary, arms):
-    """How far the representation part alone points where the whole update does, averaged over the logged updates."""
-    rows = [["arm", "at the end of prompts", "within responses"]]
-    for arm in arms:
-        curves = [summary[arm]["curves"][f"agreement_{where}"] for where in ("prompt", "continuation")]
-        rows.append([arm] + [over_seeds([statistics.fmean(seed[1:]) for seed in curve], ".2f") for curve in curves])
-    return markdown(*rows)
 
 
 def classifier_table(config, summary):
@@ -92,37 +76,6 @@ def lp_ft_table(config, summary):
     return markdown(*rows)
 
 
-def states_by_position(mask):
-    """For each position of the response, 0 the end of the prompt: which of the N states of `mask` (B, T) are there."""
-    position = (mask.cumsum(dim=1) - 1)[mask]  # (N,)
-    return [position == t for t in range(int(position.max()) + 1)]
-
-
-def by_position(config, out):
-    """{measure: [[a value per position in the response], per seed]} of the starting policies, 0 the end of the prompt.
-
-    cosine and positive are over the pairs of states at one position. agreement is how far the representation part of
-    one plain policy-gradient step, (E3) on a batch of RL, points where the whole does: see ntk.agreement.
-    """
-    measures = {"cosine": [], "positive": [], "agreement": []}
-    for seed, arm in config.jobs("sft"):
-        task, model = load_policy(config, out, arm, seed)
-        probe = start_probe(config, task, model, seed)
-        prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
-        batch = rollout(model, task, prompts, config.samples, generator(seed, "by position"))
-        advantages = group_advantages(batch.rewards).flatten()
-        policy_gradient_loss(sequence_logp(model, batch.tokens), advantages, batch.mask[:, 1:]).backward()
-        step = {name: -parameter.grad for name, parameter in model.named_parameters()}
-        agreements = agreement(*logit_change(model, probe.tokens, probe.state_mask, step))  # (N,)
-        features = model.features(probe.tokens)[probe.state_mask].detach()
-        states = states_by_position(probe.state_mask)
-        alike = [cosines(features[here]) for here in states]
-        measures["cosine"].append([c.mean().item() for c in alike])
-        measures["positive"].append([(c > 0).float().mean().item() for c in alike])
-        measures["agreement"].append([agreements[here].mean().item() for here in states])
-    return measures
-
-
 def flow_slope(shares, values):
     """theta'_r = pi_r (p_r - sum_s pi_s p_s): the gradient of the expected value, shares (M,), values (M,) -> (M,)."""
     return shares * (values - (shares * values).sum())
@@ -135,15 +88,6 @@ def flow(shares, values, steps, dt=0.1):
     for _ in range(steps):
         yield theta.softmax(dim=0)
         theta = theta + dt * flow_slope(theta.softmax(dim=0), values)
-
-
-def position_table(measures, columns):
-    """columns are (heading, measure, format), as for tables.table; here they are rows."""
-    positions = range(min(len(seed) for _, name, _ in columns for seed in measures[name]))
-    rows = [["tokens into the response", *map(str, positions)]]
-    for heading, name, form in columns:
-        rows.append([heading] + [over_seeds([seed[t] for seed in measures[name]], form) for t in positions])
-    return markdown(*rows)
 
 
 def real_paired(summary):
@@ -258,19 +202,6 @@ def stage_table(config, summary, columns, arms):
     return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
 
 
-def changes_by_position(config, out, arm="rl"):
-    """{measure: [[a value per position], per seed]} on an arm's own responses: in how many states its likeliest token
-    is another than the start's, and KL(arm || start) in nats, which adds up to that of whole responses."""
-    measures = {"changed": [], "kl": []}
-    for seed, _ in config.jobs(arm):
-        (task, start), (_, model) = (load_policy(config, out, name, seed) for name in ("sft", arm))
-        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[: config.final_prompts].tolist()]
-        batch = rollout(model, task, prompts, SAMPLES, generator(seed, "by position"))
-        for name, values in zip(("kl", "changed"), departure(batch, start), strict=True):
-            measures[name].append([values[here].mean().item() for here in states_by_position(batch.state_mask)])
-    return measures
-
-
 def dip_table(config, summary):
     """The lowest share of the best pattern, seed by seed: along the exact flow from the start's own shares and success
     rates, and as trained."""
@@ -287,28 +218,6 @@ def dip_table(config, summary):
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
-def courses_table(results):
-    """Accuracy's course, what its change is due to (E11), and where the patterns end: an arm of an experiment a row."""
-    rows = [["experiment", "arm", "start", "highest", "end", "by shares", "by success", "d/s/g at the end"]]
-    shown = {"confidence": ["rl"], "learning": ["rl"]}
-    shown |= {name: results[name][0].arm_list for name in ("regime-1", "regime-2", "rlif")}
-    for experiment, arms in shown.items():
-        for arm in arms:
-            measures = results[experiment][1][arm]
-            curves = measures["curves"]["accuracy"]
-            courses = [[f(curve) for curve in curves] for f in (lambda curve: curve[0], max, lambda curve: curve[-1])]
-            rows.append([experiment, arm, *(over_seeds(values, ".2f") for values in courses)])
-            rows[-1] += [tables.cell(measures, f"gain_by_{cause}", "+.2f") for cause in ("shares", "success")]
-            rows[-1].append(tables.cell(measures, "shares", ".2f"))
-    return markdown(*rows)
-
-
-LIKENESS_COLUMNS = (
-    ("mean cosine", "cosine", ".2f"),
-    ("positive", "positive", ".0%"),
-    ("R alone and R + G", "agreement", ".2f"),
-)
-CHANGE_COLUMNS = (("likeliest token changed", "changed", ".1%"), ("KL (nats)", "kl", ".3f"))
 KL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
     ("accuracy over the run", "accuracy_over_the_run", ".2f"),
@@ -395,8 +304,8 @@ def prediction_table(update):
 
 def found(results):
     """The bullets of the first screen."""
-    shown = ("speed", "speed-learning", "confidence", "real", "size-32x2", "size-256x2")
-    fast, hard, toy, real, small, large = (claims.Evidence(results, experiment) for experiment in shown)
+    shown = ("speed", "speed-learning", "parts", "parts-learning", "confidence", "real", "size-32x2", "size-256x2")
+    fast, hard, parts, hard_parts, toy, real, small, large = (claims.Evidence(results, name) for name in shown)
     time = speed.yardsticks(fast.config)[0]
     rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
     bullets = (
@@ -408,6 +317,12 @@ def found(results):
         f"yet {hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is "
         f"{fast.compared(time, 'cf-rl-same-lr', 'rl')} updates. [Why](experiments/results.md#what-is-true-in-general): "
         "three knobs, one rate.",
+        "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
+        f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
+        f"{parts.alone('shift')}, W to {parts.alone('classifier')}, the last block to {parts.alone('last-block')}; "
+        f"plain RL ends at {parts.of('rl', 'accuracy')}. From the start that cannot add yet: "
+        f"{hard_parts.alone('shift')}, {hard_parts.alone('classifier')}, {hard_parts.alone('last-block')}; "
+        f"{hard_parts.of('rl', 'accuracy')}.",
         "**In a pretrained model, SmolLM2-135M-Instruct (4 bits, expanded to float32), nothing of this is decided.** "
         f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
         f"with stage 1 not counted, {real.of_free()} ({real.config.seeds} seeds of one checkpoint). "
@@ -430,18 +345,14 @@ def wrapped(text, indent=""):
     return text.replace("~±", " ±")
 
 
-def sections(results, positions, update, effects):
+def sections(results, update):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
     real = results["real"][1] | {"rl-sgd": results["real-sgd"][1]["rl-sgd"]}
     rl = [arm for arm in config.arm_list if "reward" not in arm_named(arm).rl]
     learnt = {arm: summary[arm] for arm in rl}
-    accuracy = {arm: summary[arm]["curves"]["accuracy"] for arm in rl}
-    gains = [curve[-1] - curve[0] for arm in rl for curve in accuracy[arm]]
-    worst = max(falls(curve) for arm in rl for curve in accuracy[arm])
     count = {name: lines_of_code(ROOT / name) for name in BOOK}
     robust = {"as in `speed`": results["speed"]} | {n: r for n, r in results.items() if n.startswith("robust-")}
-    updates = "; ".join(f"{arm} {summary[arm]['updates_to_threshold']}" for arm in rl)
     paired, learning = tables.paired_table, results["learning"]
     return {
         "found": found(results),
@@ -460,14 +371,10 @@ def sections(results, positions, update, effects):
         "change": markdown(*paired(summary, "sft")),
         "learning": markdown(*tables.table(learning[1])),
         "learning paired": markdown(*paired(learning[1])),
-        "agreement": agreement_table(summary, rl),
-        "positions": position_table(positions, LIKENESS_COLUMNS),
-        "where": position_table(positions, CHANGE_COLUMNS),
         "selection": markdown(*tables.table(learnt, tables.SELECTION)),
         "learning selection": markdown(*tables.table(tables.without_start(learning[1]), tables.SELECTION)),
         "regime-1": markdown(*tables.table(results["regime-1"][1])),
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
-        "courses": courses_table(results),
         "dip": dip_table(*results["regime-2"]),
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
@@ -480,6 +387,12 @@ def sections(results, positions, update, effects):
         "real geometry": markdown(*geometry_rows(real)),
         **{f"{name} map": markdown(*order.map_table(*results[name], speed.OVER_THE_RUN)) for name in MAPS},
         **{f"{name} ends": markdown(*order.map_table(*results[name], speed.END)) for name in MAPS},
+        **{
+            f"{name} again": markdown(
+                *speed.compared_table(*results[f"{name}-again"], order.asked_again(order.tuned(*results[name])))
+            )
+            for name in MAPS
+        },
         **{f"{name} arms": markdown(*speed.arms_table(*results[name])) for name in SPEEDS},
         **{f"{name} compared": markdown(*speed.compared_table(*results[name])) for name in SPEEDS},
         **{f"{name} margins": markdown(*speed.margins_table(*results[name])) for name in SPEEDS},
@@ -489,15 +402,8 @@ def sections(results, positions, update, effects):
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
         "sizes": markdown(*size_table(results)),
-        "order effects": markdown(*order.effects_table(effects)),
         "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "control")),
         "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
-        "spread": wrapped(
-            f"Over the {config.seeds} seeds and the arms with real rewards the accuracy rises by {min(gains):.2f} to "
-            f"{max(gains):.2f} and never falls more than {worst:.2f} below its best so far. "
-            f"Updates to {config.threshold:g}, seed by seed: {updates}. "
-            f"With stage 1 for free, as the paper counts, cf-rl {summary['cf-rl']['full_updates_to_threshold']}."
-        ),
     }
 
 
@@ -521,12 +427,11 @@ def rewritten(texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}, what the first one's policies do by position, one update of them, and
-    how much the order of two moves matters."""
+    """{experiment: (its Config, its summary)}, and one update of the first one's starting policy, looked at closely."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     kinds = {name: RealConfig if name in real_model.EXPERIMENTS else Config for name in runs}
     results = {name: (kinds[name](**run["config"]), run["summary"]) for name, run in runs.items()}
-    return results, runs["confidence"]["positions"], runs["confidence"]["update"], runs["order"]["effects"]
+    return results, runs["confidence"]["update"]
 
 
 def main(folders):
@@ -547,14 +452,11 @@ def main(folders):
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if config.measures == "accuracy":
             record["summary"] = without_the_rest(record["summary"])
-        if experiments[config] == "order":
-            record["effects"] = rounded(order.order_effects(config, out))
         if experiments[config] == "confidence":
-            record["positions"] = by_position(config, out) | changes_by_position(config, out)
             record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
         stored[experiments[config]] = record
     write_text(RESULTS, json.dumps(stored) + "\n")
-    results, positions, update, effects = load_results()
+    results, update = load_results()
     config, summary = results["confidence"]
     figures.plot_curves(dataclasses.replace(config, arms=Config.arms), summary, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
@@ -565,7 +467,7 @@ def main(folders):
     figures.plot_sizes(sizes(results), HERE / "sizes.png")
     figures.plot_knobs(results, HERE / "knobs.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
-    for page, text in rewritten(sections(results, positions, update, effects)).items():
+    for page, text in rewritten(sections(results, update)).items():
         write_text(page, text)
 
 

@@ -46,11 +46,6 @@ def summarise(config, out):
             reached += [[]] * (config.seeds - len(seeds))  # a seed that stopped early never got there
             if arm != "sft":
                 summary[arm]["updates_to_threshold"] = [min(steps, default=None) for steps in reached]
-                first = config.stages(arm)[0]
-                free = 0 if first.classifier_lr is None else first.steps
-                summary[arm]["full_updates_to_threshold"] = [
-                    n if n is None else max(0, n - free) for n in summary[arm]["updates_to_threshold"]
-                ]
             summary[arm]["accuracy_over_the_run"] = [
                 statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
             ]

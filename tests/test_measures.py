@@ -27,8 +27,6 @@ from experiments.measures import (
     pass_at_k,
     start_probe,
 )
-from experiments.report import by_position, changes_by_position
-from experiments.runs import read_config
 from minicfrl import Addition, rollout
 from model import confidence, entropy
 from ntk import empirical_ntk
@@ -242,16 +240,6 @@ def test_the_kernel_is_measured_at_the_ends_of_the_stages(finished):
     assert stage_1["kernel_G_cosine"] < 1 and rows["rl", "4"]["kernel_R"] != start["kernel_R"]
 
 
-def test_the_report_by_position_agrees_with_the_run_at_the_end_of_the_prompt(finished):
-    """Position 0 are the states that the run's own columns call the prompt's."""
-    config = read_config(finished)[1]
-    measures = by_position(config, finished)
-    start = rows_of(finished)[-1]
-    for name in ("cosine", "positive"):
-        assert measures[name][0][0] == pytest.approx(float(start[f"{name}_prompt"]), abs=1e-5)
-    assert len(measures["agreement"][0]) > 1 and all(-1 <= value <= 1 for value in measures["agreement"][0])
-
-
 def test_between_the_ends_of_stages_the_kernel_is_left_out(tmp_path):
     """A group of one is fine too, without a baseline."""
     flags = ["--arms", "rl", "--eval-every", "1", "--sft-steps", "3", "--samples", "1", "--baseline", "none"]
@@ -342,18 +330,6 @@ def test_the_gains_are_those_of_the_policy_since_the_start(monkeypatch):
     monkeypatch.setattr(measures, "examine", lambda *_: {})
     view.measure(20)
     assert seen == [(view.probe.start, 3), (model, 3)]
-
-
-def test_the_report_by_position_adds_up_to_what_the_run_says_of_whole_responses(finished):
-    """Where the KL is and where likeliest tokens changed: the same quantities as the run's columns, on other samples of
-    the policy, 24 of them. At the first token there is one value per prompt, so that they are equal."""
-    config, rows = read_config(finished)[1], rows_of(finished)
-    (last,) = (row for row in rows if row["arm"] == "rl" and row["step"] == "4")
-    measures = changes_by_position(config, finished)
-    assert measures["kl"][0][0] == pytest.approx(float(last["kl_first"]), rel=1e-4)
-    assert measures["changed"][0][0] == pytest.approx(float(last["changed_first"]), rel=1e-4)
-    longest = sum(measures["kl"][0])
-    assert float(last["kl_first"]) < float(last["kl"]) < 2 * longest
 
 
 def test_the_kernel_s_columns_are_what_the_readme_says():

@@ -8,22 +8,22 @@ import torch
 from tiny import tiny_gpt
 from tiny_runs import refused, rows_of, run
 
-from experiments.arms import Config, generator
+from experiments.arms import EXPERIMENTS, Config, generator
 from experiments.order import (
     BASES,
     accounting_table,
-    again,
+    asked_again,
     at_equal,
     finished_in_stage_1,
     map_table,
-    order_effect,
     tuned,
     ways,
 )
+from experiments.report import load_results
 from experiments.speed import END, OVER_THE_RUN
 from experiments.variations import coin_flips
 from experiments.verdicts import judge
-from minicfrl import Addition, RLConfig, Stage, rollout, train_rl, two_stages
+from minicfrl import Addition, RLConfig, Stage, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages
 from model import GPT, GPTConfig
 
 MAP = ("--measures", "accuracy", "--arms", "rl", "--stage-lengths", "1,2", "--rate-multiples", "1,5")
@@ -177,8 +177,15 @@ def test_a_tuned_arm_is_the_best_of_its_way_and_runs_again_beside_what_has_its_c
     best = tuned(config, summary)
     assert best["cf-rl"] == "cf-rl-4x5" and best["spread"] == "spread-2x5"
     assert [len(arms) for arms in ways(config).values()] == [4, 4, 4, 4, 2]
-    beside = {"rl", "cf-rl-4x5", "control-4x5", "classifier-last-4x5", "spread-4x5", "spread-2x5"}
-    assert beside <= {*again(config, best)} <= beside | {*best.values()}
+    assert asked_again(best | {"control": "control-2x1", "fast-classifier": "fast-classifier-8x5"}) == [
+        ("cf-rl-4x5", "rl"),
+        ("cf-rl-4x5", "fast-classifier-8x5"),
+        ("cf-rl-4x5", "control-2x1"),
+        ("cf-rl-4x5", "control-4x5"),
+        ("cf-rl-4x5", "classifier-last-4x5"),
+        ("cf-rl-4x5", "spread-4x5"),
+        ("fast-classifier-8x5", "rl"),
+    ]
 
 
 def test_many_questions_at_once_are_asked_at_a_stricter_level():
@@ -222,6 +229,32 @@ def test_equal_budgets_of_four_kinds_by_hand():
     assert at_equal(summary, "arm", "rl", 4, "operations")[0] == pytest.approx(-1.0 / 6, abs=2e-3)
 
 
+def moved(policy, batch, advantages, rates, turns):
+    """A copy of `policy` after some updates by Adam along (E3) on one batch. `turns` are (which parts, how often)."""
+    policy = copy.deepcopy(policy)
+    for parts, updates in turns:
+        groups = [{"params": getattr(policy, part).parameters(), "lr": rates[part]} for part in parts]
+        optimizer = torch.optim.Adam(groups)
+        for _ in range(updates):
+            policy.zero_grad()
+            logp = sequence_logp(policy, batch.tokens)
+            policy_gradient_loss(logp, advantages, batch.mask[:, 1:]).backward()
+            optimizer.step()
+    return policy
+
+
+def order_effect(policy, batch, advantages, rates, updates):
+    """How much it matters whether W moves first and the body then, or both at once: the difference of the logits at the
+    batch's states, relative to how far they move. The order is of second order in the step, so this is of first."""
+    turns = {"both": [(("classifier", "body"), updates)], "in turn": [(("classifier",), updates), (("body",), updates)]}
+    with torch.no_grad():
+        start = policy(batch.tokens)[batch.state_mask]
+    ends = [moved(policy, batch, advantages, rates, turn) for turn in turns.values()]
+    with torch.no_grad():
+        both, in_turn = (each(batch.tokens)[batch.state_mask] for each in ends)
+    return ((in_turn - both).norm() / (both - start).norm()).item()
+
+
 def test_the_order_of_two_moves_is_of_second_order():
     """W, then the body, against both at once, on one batch: relative to the move itself the difference falls with the
     rates, where a first-order difference would stay. An eighth of the rates leaves .27 and .18 of it here, not 1/8: by
@@ -235,3 +268,13 @@ def test_the_order_of_two_moves_is_of_second_order():
             for scale in (1, 1 / 8)
         )
         assert 0 < eighth < 0.4 * full < 0.1
+
+
+@pytest.mark.parametrize("name", ["order", "order-learning"])
+def test_what_a_map_chose_is_what_is_run_again(name):
+    """On seeds that the map has not seen."""
+    results, *_ = load_results()
+    config, again = results[name][0], Config(**EXPERIMENTS[f"{name}-again"])
+    chosen = asked_again(tuned(*results[name]))
+    assert {arm for pair in chosen for arm in pair} == set(again.arm_list)
+    assert again.seed == config.seed + config.seeds and again.sft_steps == config.sft_steps

@@ -169,6 +169,18 @@ MAP |= dict(stage_lengths="8,32", rate_multiples="5,40")
 ALONE = [f"{part}-only" for part in (*PARTS, "classifier", "everything")]
 TUNING = dict(seed=100, seeds=3, measures="accuracy", eval_every=8)
 TUNING |= dict(arms=",".join(f"{arm}-80x{multiple}" for arm in ALONE for multiple in (1, 5, 20, 100)))
+# What tuning chose: the same from both starts, but for W.
+CHOSEN = {"shift": 100, "norm": 100, "last-block": 5, "first-block": 1, "embeddings": 20, "body": 1, "scattered": 100}
+
+
+def parts_arms(W_rate):
+    """Plain RL; each part alone at its chosen rate; and each first, in W's place."""
+    rates = CHOSEN | {"classifier": W_rate}
+    first = [f"{part}-first-20x{rate}".replace("classifier-first", "cf-rl") for part, rate in rates.items()]
+    return ",".join(["rl", *(f"{part}-only-80x{rate}" for part, rate in (rates | {"everything": 1}).items()), *first])
+
+
+PART = FIVE | dict(measures="accuracy", eval_every=4)
 ROBUST = dict(seeds=5, rl_steps=60, arms="rl,cf-rl,control,classifier-last,fast-classifier", measures="accuracy")
 ROBUST |= dict(eval_every=1)
 CONSTANTS = {1: 1 / 2, 2: 1 / 5, 4: 1 / 17}  # a constant feature, in |phi|, and the rate of W that keeps the trace of R
@@ -204,6 +216,8 @@ EXPERIMENTS = {
     "order-learning": MAP | UNTAUGHT,
     "tuning": TUNING,
     "tuning-learning": TUNING | UNTAUGHT,
+    "parts": PART | dict(arms=parts_arms(W_rate=100)),
+    "parts-learning": PART | UNTAUGHT | dict(arms=parts_arms(W_rate=20)),
     "variability": VARIABILITY,
     "variability-sgd": VARIABILITY | BY_SGD,
     "variability-coins": VARIABILITY | dict(judge="coin-flips"),

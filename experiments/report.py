@@ -188,20 +188,6 @@ def scale_table(e):
 WHERE = ("prompt", "continuation")
 
 
-def stage_table(config, summary, columns, arms):
-    """What is measured at the ends of the stages, as medians (and ranges) over the seeds: of the start, which all arms
-    share, then of each arm. columns are (heading, measure, format), as for tables.table."""
-    rows = [["policy"] + [heading for heading, _, _ in columns]]
-    for arm in arms:
-        for step in config.stage_ends:
-            rows.append([f"{arm}, update {step}" if step else "start"])
-            for _, name, form in columns:
-                values = at(summary, arm, name, step)
-                low, middle, high = (f"{f(values):{form}}" for f in (min, statistics.median, max))
-                rows[-1].append(middle if low == high else f"{middle} ({low} to {high})")
-    return markdown(rows[0], *dict.fromkeys(map(tuple, rows[1:])))
-
-
 def dip_table(config, summary):
     """The lowest share of the best pattern, seed by seed: along the exact flow from the start's own shares and success
     rates, and as trained."""
@@ -218,14 +204,6 @@ def dip_table(config, summary):
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
-KL_COLUMNS = (
-    ("accuracy", "accuracy", ".2f"),
-    ("accuracy over the run", "accuracy_over_the_run", ".2f"),
-    ("entropy", "entropy", ".3f"),
-    ("KL to the start", "kl", ".2f"),
-    ("pass@64", "best_of_64", ".2f"),
-    ("answers in 64", "different_answers", ".1f"),
-)
 REAL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
     ("over the run", "accuracy_over_the_run", ".2f"),
@@ -233,21 +211,6 @@ REAL_COLUMNS = (
     ("top-1, fixed states", "probe_confidence", ".2f"),
     ("features moved", "feature_change", ".2f"),
     ("sec", "train_seconds", ".0f"),
-)
-KERNEL_COLUMNS = (
-    ("norm of R", "kernel_R", ".0f"),
-    ("norm of G", "kernel_G", ".0f"),
-    ("through W alone", "kernel_G_by_W", ".2f"),
-    ("its cosine", "kernel_G_cosine", ".2f"),
-    ("norm of W", "classifier_norm", ".2f"),
-)
-FEATURE_COLUMNS = (
-    ("end of prompt: mean cosine", "cosine_prompt", ".2f"),
-    ("positive", "positive_prompt", ".0%"),
-    ("centred", "centred_prompt", ".2f"),
-    ("in the response: mean cosine", "cosine_continuation", ".2f"),
-    ("positive", "positive_continuation", ".0%"),
-    ("centred", "centred_continuation", ".2f"),
 )
 
 
@@ -377,8 +340,6 @@ def sections(results, update):
         "regime-2": markdown(*tables.table(results["regime-2"][1])),
         "dip": dip_table(*results["regime-2"]),
         "rlif": markdown(*tables.table(results["rlif"][1])),
-        "kl": markdown(*tables.table(results["kl"][1], KL_COLUMNS)),
-        "kl paired": markdown(*paired(results["kl"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
@@ -402,8 +363,6 @@ def sections(results, update):
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
         "sizes": markdown(*size_table(results)),
-        "kernel": stage_table(config, summary, KERNEL_COLUMNS, ("rl", "cf-rl", "control")),
-        "features": stage_table(config, summary, FEATURE_COLUMNS, ("rl", "cf-rl")),
     }
 
 

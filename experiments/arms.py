@@ -165,6 +165,10 @@ UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 SPEED = dict(seeds=10, arms=f"{WAYS},cf-rl-same-lr", measures="accuracy", eval_every=1)
 MAP = dict(seeds=10, arms="rl", measures="accuracy", eval_every=2, eval_prompts=32)
 MAP |= dict(stage_lengths="8,32", rate_multiples="5,40")
+# What was best on a map, each way to spend two rates, and what has its cf-rl's own cell: on seeds that chose nothing.
+AGAIN = dict(seed=10, seeds=20, measures="accuracy", eval_every=1)
+BEST = "rl,cf-rl-8x40,control-8x40,classifier-last-8x40,spread-8x40,fast-classifier-80x40"
+BEST_UNTAUGHT = "rl,cf-rl-32x40,control-32x40,classifier-last-32x40,spread-32x40,fast-classifier-80x5"
 # Each part alone, at some multiples of plain RL's rate.
 ALONE = [f"{part}-only" for part in (*PARTS, "classifier", "everything")]
 TUNING = dict(seed=100, seeds=3, measures="accuracy", eval_every=8)
@@ -214,6 +218,8 @@ EXPERIMENTS = {
     "speed-learning": SPEED | UNTAUGHT | dict(rl_steps=160, threshold=0.3),
     "order": MAP,
     "order-learning": MAP | UNTAUGHT,
+    "order-again": AGAIN | dict(arms=BEST),
+    "order-learning-again": AGAIN | UNTAUGHT | dict(arms=BEST_UNTAUGHT, threshold=0.3),
     "tuning": TUNING,
     "tuning-learning": TUNING | UNTAUGHT,
     "parts": PART | dict(arms=parts_arms(W_rate=100)),

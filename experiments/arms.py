@@ -167,7 +167,7 @@ MAP = dict(seeds=10, arms="rl", measures="accuracy", eval_every=2, eval_prompts=
 MAP |= dict(stage_lengths="8,32", rate_multiples="5,40")
 # What was best on a map, each way to spend two rates, and what has its cf-rl's own cell: on seeds that chose nothing.
 AGAIN = dict(seed=10, seeds=20, measures="accuracy", eval_every=1)
-BEST = "rl,cf-rl-8x40,control-8x40,classifier-last-8x40,spread-8x40,fast-classifier-80x40"
+BEST = "rl,cf-rl-32x40,control-32x40,classifier-last-32x40,spread-32x40,fast-classifier-80x40"
 BEST_UNTAUGHT = "rl,cf-rl-32x40,control-32x40,classifier-last-32x40,spread-32x40,fast-classifier-80x5"
 # Each part alone, at some multiples of plain RL's rate.
 ALONE = [f"{part}-only" for part in (*PARTS, "classifier", "everything")]

@@ -304,7 +304,7 @@ MUTANTS = [
     ("experiments/order.py", "looks, rows = len(config.cells) * len(BASES)", "looks, rows = 1", "test_order"),
     ("experiments/order.py", "statistics.fmean(summary[arm][RUN])) for way", "len(arm)) for way", "test_order"),
     ("model.py", "cache))[:, -1:]", "cache))[:, :1]", "test_model"),
-    ("minicfrl.py", "(self.tokens.size(1) - 1 - L, 0)", "(0, self.tokens.size(1) - 1 - L)", "test_train"),
+    ("minicfrl.py", "(self.tokens.size(1) - 1 - L, 0)", "(0, self.tokens.size(1) - 1 - L)", "test_arms"),
     ("minicfrl.py", "self.mask[:, -self.logits.size(1) :]", "self.mask[:, : self.logits.size(1)]", "test_measures"),
     ("experiments/claims.py", "rest = len(steps) - 1 - max(end, same)", "rest = len(steps) - 1 - end", "test_claims"),
     ("experiments/claims.py", "theirs[same + rest] - theirs[same]", "theirs[rest] - theirs[0]", "test_claims"),

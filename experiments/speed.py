@@ -129,12 +129,20 @@ def margins_table(config, summary, pairs=ASKED):
     return rows
 
 
-def robust_table(results, pairs=ASKED[:3] + ASKED[4:6] + ASKED[7:]):
-    """Does it depend on the setting? A setting a row, comparisons by the area, asked together setting by setting."""
-    rows = [["setting", "plain RL, updates to 0.9", *(f"`{arm}` − `{base}`" for arm, base in pairs)]]
+SETTING_ASKED = (
+    *((AREA, arm, "rl") for arm in ("cf-rl", "control", "fast-classifier")),
+    *((AREA, "cf-rl", base) for base in ("control", "fast-classifier")),
+    (END, "cf-rl", "classifier-last"),  # which is plain RL until then
+)
+
+
+def robust_table(results):
+    """Does it depend on the setting? A setting a row, its comparisons asked together."""
+    asked = [f"`{arm}` − `{base}`{', at the end' * (each is END)}" for each, arm, base in SETTING_ASKED]
+    rows = [["setting", "plain RL, updates to 0.9", *asked]]
     for name, (config, summary) in results.items():
         rows.append([name, over_seeds([*times(config, summary, "rl").values()], ".0f")])
-        for arm, base in pairs:
-            gaps = over_seeds(AREA.gaps(config, summary, arm, base), "+.3f")
-            rows[-1].append(f"{gaps}: {AREA.said(config, summary, arm, base, len(pairs))}")
+        for each, arm, base in SETTING_ASKED:
+            gaps = over_seeds(each.gaps(config, summary, arm, base), "+.3f")
+            rows[-1].append(f"{gaps}: {each.said(config, summary, arm, base, len(SETTING_ASKED))}")
     return rows

@@ -97,7 +97,7 @@ def plot_order(maps, path):
             axes.set(title=title, xlabel="accuracy at the end: CF-RL minus another order")
             axes.invert_yaxis()
             axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_knobs(results, path):

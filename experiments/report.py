@@ -267,10 +267,24 @@ def prediction_table(update):
 
 def found(results):
     """The bullets of the first screen."""
-    shown = ("speed", "speed-learning", "parts", "parts-learning", "confidence", "real", "size-32x2", "size-256x2")
-    fast, hard, parts, hard_parts, toy, real, small, large = (claims.Evidence(results, name) for name in shown)
+    shown = (
+        "speed",
+        "speed-learning",
+        "parts",
+        "parts-learning",
+        "confidence",
+        "real",
+        "size-32x2",
+        "size-128x2",
+        "size-256x2",
+    )
+    fast, hard, parts, hard_parts, toy, real, small, middle, large = (claims.Evidence(results, name) for name in shown)
     time = speed.yardsticks(fast.config)[0]
     rises = {arm: toy.of(arm, "confidence_change") for arm in ("rl-sgd", "rl")}
+
+    def share(size):
+        return claims.mean(size.lead_of_rest("cf-rl"), ".0%")
+
     bullets = (
         "**A last layer that learns faster helps. That it learns first, or alone, does not.** Updates until nine of "
         f"ten answers are right: plain RL {fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its "
@@ -289,9 +303,9 @@ def found(results):
         "**In a pretrained model, SmolLM2-135M-Instruct (4 bits, expanded to float32), nothing of this is decided.** "
         f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
         f"with stage 1 not counted, {real.of_free()} ({real.config.seeds} seeds of one checkpoint). "
-        "[More](#what-of-the-two-papers-holds-here). The toy's own lead falls "
-        "[with size](experiments/results.md#sizes): "
-        f"{small.minus('cf-rl', 'rl')} at 32 features, at 256 {large.faster('cf-rl')}, {large.minus('cf-rl', 'rl')}.",
+        "[More](#what-of-the-two-papers-holds-here). Of what plain RL leaves to gain in the toy, CF-RL gets "
+        f"{share(small)} [at 32 features](experiments/results.md#sizes), {share(middle)} at 128, and at 256 it is "
+        f"{large.faster('cf-rl')}.",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}; on fixed states by {rises['rl-sgd']} with SGD "
         f"and by {rises['rl']} with Adam. How much of that goes through W depends on how W is written.",

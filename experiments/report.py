@@ -157,21 +157,26 @@ def reach_table(config, summary):
     return rows
 
 
-CONSTANT_COLUMNS = (
-    ("mean cosine", "cosine_continuation", ".2f"),
-    ("top-1 rises by", "confidence_change", ".3f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("entropy", "entropy", ".3f"),
-)
+VARIABILITY = {
+    "variability-sgd": "verifier, SGD",
+    "variability": "verifier, Adam",
+    "variability-coins-sgd": "coin flips, SGD",
+    "variability-coins": "coin flips, Adam",
+}
 
 
-def constant_table(config, summary):
-    """What a constant feature does: an arm a row, the rate of W in multiples of the run's."""
-    rows = [["trained", "constant, in |φ|", "rate of W", *(heading for heading, _, _ in CONSTANT_COLUMNS)]]
+def constant_table(results):
+    """What a constant feature does: an arm a row, the rate of W in multiples of the run's; in each setting the rise of
+    top-1, accuracy and entropy."""
+    rows = [["trained", "constant, in |φ|", "rate of W", "mean cosine", *VARIABILITY.values()]]
+    config, first = results["variability-sgd"]
     for arm in config.arm_list:
         way, multiple, size = re.fullmatch(r"(.+)-40x([0-9.]+)(?:@s(.+))?", arm).groups()
         rows.append([{"fast-classifier": "everything", "classifier-only": "W alone"}[way], size or "0", multiple])
-        rows[-1] += [over_seeds(summary[arm][name], form) for _, name, form in CONSTANT_COLUMNS]
+        rows[-1].append(over_seeds(first[arm]["cosine_continuation"], ".2f"))
+        for _, summary in (results[name] for name in VARIABILITY):
+            measures = (("confidence_change", "+.3f"), ("accuracy", ".2f"), ("entropy", ".2f"))
+            rows[-1].append("; ".join(over_seeds(summary[arm][name], form) for name, form in measures))
     return rows
 
 
@@ -282,8 +287,8 @@ def found(results):
         "[Three knobs, one rate](experiments/results.md#what-is-true-in-general) says why.",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
-        f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. From "
-        f"the start that cannot add yet: {hard_parts.alone('shift')}, {hard_parts.alone('classifier')}; "
+        f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. "
+        f"From the start that cannot add yet: {hard_parts.alone('shift')}, {hard_parts.alone('classifier')}; "
         f"{hard_parts.of('rl', 'accuracy')}.",
         "**In a pretrained model, SmolLM2-135M-Instruct (4 bits, expanded to float32), nothing of this is decided.** "
         f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
@@ -355,7 +360,7 @@ def sections(results, update):
         **{f"{name} margins": markdown(*speed.margins_table(*results[name])) for name in SPEEDS},
         **{f"{name} accounts": markdown(*order.accounting_table(*results[name])) for name in SPEEDS},
         **{f"{name} reached": markdown(*reach_table(*results[name])) for name in ("parts", "parts-learning")},
-        **{name: markdown(*constant_table(*results[name])) for name in VARIABILITY},
+        "variability": markdown(*constant_table(results)),
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
         "sizes": markdown(*size_table(results)),
@@ -364,7 +369,6 @@ def sections(results, update):
 
 MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
 SPEEDS = ("speed", "speed-learning")
-VARIABILITY = ("variability-sgd", "variability", "variability-coins-sgd", "variability-coins")
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
 
 

@@ -168,7 +168,7 @@ VARIABILITY = {
 def constant_table(results):
     """What a constant feature does: an arm a row, the rate of W in multiples of the run's; in each setting the rise of
     top-1, accuracy and entropy."""
-    rows = [["trained", "constant, in |φ|", "rate of W", "mean cosine", *VARIABILITY.values()]]
+    rows = [["trained", "constant", "rate of W", "mean cosine", *VARIABILITY.values()]]
     config, first = results["variability-sgd"]
     for arm in config.arm_list:
         way, multiple, size = re.fullmatch(r"(.+)-40x([0-9.]+)(?:@s(.+))?", arm).groups()
@@ -283,8 +283,8 @@ def found(results):
         "first, at the same budgets, at the end: "
         f"{fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
         f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is slower than plain RL. So "
-        "give the last layer a higher rate, freeze nothing, and compare. "
-        "[Three knobs, one rate](experiments/results.md#what-is-true-in-general) says why.",
+        "give the last layer a higher rate, freeze nothing, and compare ([why](experiments/results.md#what-is-true-in-"
+        "general)).",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
         f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. "

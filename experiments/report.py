@@ -295,7 +295,7 @@ def found(results):
         f"with stage 1 not counted, {real.of_free()} ([more](#what-of-the-two-papers-holds-here)).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}. How much of that goes through W depends on "
-        "how W is written, and that features are alike acts as a higher rate of W, no more.",
+        "how W is written.",
         "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
         f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
         f"add yet {toy.at('learning').gains('rl')}.",

@@ -262,7 +262,9 @@ class RealConfig(Config):
         return {}  # the start is the checkpoint as it is
 
 
-WITHOUT = "digits sft_steps sft_lr tilt baseline kl final_prompts measures layers width tiny".split()  # flags
+WITHOUT = (
+    "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
+)  # flags
 # An experiment is other defaults for the flags, as in arms.py.
 EXPERIMENTS = {
     "real": {},

@@ -274,16 +274,21 @@ def found(results):
     """The bullets of the first screen."""
     shown = ("speed", "speed-learning", "parts", "parts-learning", "confidence", "real")
     fast, hard, parts, hard_parts, toy, real = (claims.Evidence(results, name) for name in shown)
+    best = order.tuned(*results["order-learning"])
     time = speed.yardsticks(fast.config)[0]
+    again = claims.Evidence(results, "order-learning-again", looks=len(order.asked_again(best)))
+    against = best[order.CF_RL], best[order.CF_RL].replace(order.CF_RL, claims.CONTROL)
     bullets = (
-        "**A last layer that learns faster helps. That it learns first, or alone, has not been seen to.** Updates "
+        "**A last layer that learns faster helps. That it learns first, or alone, adds next to nothing.** Updates "
         f"until nine of ten answers are right: plain RL {fast.measured(time, 'rl')}, CF-RL "
         f"{fast.measured(time, 'cf-rl')}, its control {fast.measured(time, claims.CONTROL)}, W fast throughout with "
         f"nothing frozen {fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). W last in place of "
         "first, at the same budgets, at the end: "
         f"{fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
-        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is slower than plain RL. So "
-        "give the last layer a higher rate, freeze nothing, and compare ([why](experiments/results.md#what-is-true-in-"
+        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is slower than plain RL. One "
+        "sign for freezing, on 20 fresh seeds from there, CF-RL against its control: early "
+        f"{again.compared(speed.AREA, *against)}; over the run {again.compared(speed.OVER_THE_RUN, *against)}. So give "
+        "the last layer a higher rate, freeze nothing, and compare ([why](experiments/results.md#what-is-true-in-"
         "general)).",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "

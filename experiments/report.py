@@ -279,17 +279,17 @@ def found(results):
     again = claims.Evidence(results, "order-learning-again", looks=len(order.asked_again(best)))
     against = best[order.CF_RL], best[order.CF_RL].replace(order.CF_RL, claims.CONTROL)
     bullets = (
-        "**A last layer that learns faster helps. That it learns first, or alone, adds next to nothing.** Updates "
-        f"until nine of ten answers are right: plain RL {fast.measured(time, 'rl')}, CF-RL "
-        f"{fast.measured(time, 'cf-rl')}, its control {fast.measured(time, claims.CONTROL)}, W fast throughout with "
-        f"nothing frozen {fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). W last in place of "
-        "first, at the same budgets, at the end: "
-        f"{fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
-        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. At plain RL's rate CF-RL is slower than plain RL. One "
-        "sign for freezing, on 20 fresh seeds from there, CF-RL against its control: early "
-        f"{again.compared(speed.AREA, *against)}; over the run {again.compared(speed.OVER_THE_RUN, *against)}. So give "
-        "the last layer a higher rate, freeze nothing, and compare ([why](experiments/results.md#what-is-true-in-"
-        "general)).",
+        "**A last layer that learns faster helps.** Updates until nine of ten answers are right: plain RL "
+        f"{fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its control "
+        f"{fast.measured(time, claims.CONTROL)}, W fast throughout with nothing frozen "
+        f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). At plain RL's rate CF-RL is slower than "
+        "plain RL. So give the last layer a higher rate, freeze nothing, and compare "
+        "([why](experiments/results.md#what-is-true-in-general)).",
+        "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
+        f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
+        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. One sign for freezing, from there, on "
+        f"{again.config.seeds} fresh seeds: against its control CF-RL is early {again.compared(speed.AREA, *against)}; "
+        f"over the run {again.compared(speed.OVER_THE_RUN, *against)}.",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
         f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. "

@@ -282,8 +282,8 @@ def found(results):
         "**A last layer that learns faster helps.** Updates until nine of ten answers are right: plain RL "
         f"{fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its control "
         f"{fast.measured(time, claims.CONTROL)}, W fast throughout with nothing frozen "
-        f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). At plain RL's rate CF-RL is slower than "
-        "plain RL. So give the last layer a higher rate, freeze nothing, and compare "
+        f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). At plain RL's rate CF-RL is slower "
+        "than plain RL. So give the last layer a higher rate, freeze nothing, and compare "
         "([why](experiments/results.md#what-is-true-in-general)).",
         "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
         f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "

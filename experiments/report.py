@@ -288,8 +288,8 @@ def found(results):
         "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
         f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
         f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. One sign for freezing, from there, on "
-        f"{again.config.seeds} fresh seeds: against its control CF-RL is early {again.compared(speed.AREA, *against)}; "
-        f"over the run {again.compared(speed.OVER_THE_RUN, *against)}.",
+        f"{again.config.seeds} fresh seeds, is CF-RL against its control: up to plain RL's time "
+        f"{again.compared(speed.AREA, *against)}; over the run {again.compared(speed.OVER_THE_RUN, *against)}.",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
         f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. "
@@ -299,8 +299,7 @@ def found(results):
         f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
         f"with stage 1 not counted, {real.of_free()} ([more](#what-of-the-two-papers-holds-here)).",
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
-        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}. How much of that goes through W depends on "
-        "how W is written.",
+        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}.",
         "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
         f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
         f"add yet {toy.at('learning').gains('rl')}.",

@@ -283,8 +283,7 @@ def found(results):
         f"{fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its control "
         f"{fast.measured(time, claims.CONTROL)}, W fast throughout with nothing frozen "
         f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). At plain RL's rate CF-RL is slower "
-        "than plain RL. So give the last layer a higher rate, freeze nothing, and compare "
-        "([why](experiments/results.md#what-is-true-in-general)).",
+        "than plain RL. So give the last layer a higher rate, freeze nothing, and compare.",
         "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
         f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
         f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. One sign for freezing, from there, on "
@@ -301,8 +300,8 @@ def found(results):
         "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
         f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}.",
         "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
-        f"best way to answer more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot "
-        f"add yet {toy.at('learning').gains('rl')}.",
+        f"best pattern more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot add yet "
+        f"{toy.at('learning').gains('rl')}.",
     )
     return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
 

@@ -286,8 +286,8 @@ def found(results):
         "than plain RL. So give the last layer a higher rate, freeze nothing, and compare.",
         "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
         f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
-        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. One sign for freezing, from there, on "
-        f"{again.config.seeds} fresh seeds, is CF-RL against its control: up to plain RL's time "
+        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. On {again.config.seeds} fresh seeds from "
+        f"there CF-RL against its control: up to plain RL's time "
         f"{again.compared(speed.AREA, *against)}; over the run {again.compared(speed.OVER_THE_RUN, *against)}.",
         "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
         f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "

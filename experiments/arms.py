@@ -61,10 +61,10 @@ def plain(config, **changes):
 
 def spread(config):
     """cf-rl's updates of W alone, one at a time and evenly between the others."""
-    (alone, *rest), n = cf_rl(config), config.classifier_steps
-    if not rest or not n:
-        return cf_rl(config)
-    (rest,) = rest
+    stages, n = cf_rl(config), config.classifier_steps
+    if len(stages) == 1:  # there is nothing to spread, or nothing to spread it among
+        return stages
+    alone, rest = stages
     cuts = [i * rest.steps // (n + 1) for i in range(n + 2)]
     between = [replace(rest, steps=b - a) if b > a else None for a, b in itertools.pairwise(cuts)]
     each = replace(alone, steps=1)
@@ -128,10 +128,11 @@ ARMS = {
     "lp-ft": Arm(lambda config: (), imitation=cf_rl),
     "everything-only": Arm(lambda config: part_alone(config, "all")),
 }
-for name, part in PARTS.items():
-    kind = {"scattered": name == "scattered"}
-    ARMS[f"{name}-first"] = Arm(functools.partial(part_first, part=part), **kind)
-    ARMS[f"{name}-only"] = Arm(functools.partial(part_alone, part=part), **kind)
+ARMS |= {
+    f"{name}-{way}": Arm(functools.partial(stages, part=part), scattered=name == "scattered")
+    for name, part in PARTS.items()
+    for way, stages in {"first": part_first, "only": part_alone}.items()
+}
 
 
 def arm_named(name) -> Arm:

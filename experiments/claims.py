@@ -9,7 +9,7 @@ import statistics
 from experiments.order import at_equal
 from experiments.speed import AREA, END
 from experiments.tables import RUN, at, over_seeds, paired
-from experiments.verdicts import MARGIN, SPEED, judge
+from experiments.verdicts import MARGIN, SPEED, in_words, judge
 
 CONTROL = "control"
 
@@ -29,8 +29,7 @@ class Evidence:
         count = len(differences)
         words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {count} seed{'s' * (count > 1)}")
         said = judge(differences, margin, self.looks)
-        small = f", by less than {margin:g}" if said.startswith("slightly ") else ""
-        return words[said.removeprefix("slightly ")] + small
+        return in_words(said, words, f"by less than {margin:g}")
 
     def measured(self, yardstick, arm):
         """An arm by a yardstick of speed.py."""
@@ -93,9 +92,6 @@ class Evidence:
     def agreement(self, arm, where):
         """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""
         return [statistics.fmean(curve[1:]) for curve in self.summary[arm]["curves"][f"agreement_{where}"]]
-
-    def ends(self, arm):
-        return self.says(self.gap(arm, "rl", "accuracy"), "better", "worse")
 
     def gains(self, arm):
         """What accuracy gained by the patterns' shares, and by their success (E11)."""

@@ -93,6 +93,12 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def different_answers(batch: Rollout, task) -> int:
+    """How many different answers the samples of a prompt give, summed over the prompts."""
+    samples, answers = batch.rewards.size(1), [task.answer(response) for response in batch.responses]
+    return sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples))
+
+
 @torch.no_grad()
 def departure(batch: Rollout, start: GPT) -> tuple[Tensor, Tensor]:
     """How the policy that sampled `batch` differs from `start` at its N states: KL(policy || start) in nats, and 1.0
@@ -113,14 +119,13 @@ def evaluate(
     key is explained in results.md.
     """
     batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], samples, generator)
-    answers = [task.answer(response) for response in batch.responses]
     shares = batch.state_logits[first_states(batch.state_mask)].softmax(dim=-1).mean(dim=0)  # (V,), of first tokens
     start, features = (policy.features(probe.tokens)[probe.state_mask] for policy in (probe.start, model))  # (N, d)
     probe_logits = model.classifier(features)
     return {
         "accuracy": batch.rewards.mean().item(),
         f"pass_at_{k}": sum(pass_at_k(samples, int(c), k) for c in batch.rewards.sum(dim=1)) / len(pairs),
-        "distinct": sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples)) / len(pairs),
+        "distinct": different_answers(batch, task) / len(pairs),
         "entropy": entropy(batch.state_logits).mean().item(),
         "confidence": confidence(batch.state_logits).mean().item(),
         "probe_entropy": entropy(probe_logits).mean().item(),
@@ -162,8 +167,7 @@ def diversity(model: GPT, task, pairs: Tensor, generator, samples: int = 64) -> 
         batch = rollout(model, task, [task.prompt(a, b) for a, b in some.tolist()], samples, generator)
         for correct in batch.rewards.sum(dim=1).int().tolist():
             passed = {k: passed[k] + pass_at_k(samples, correct, k) / len(pairs) for k in ks}
-        answers = [task.answer(response) for response in batch.responses]
-        different += sum(len(set(answers[i : i + samples])) for i in range(0, len(answers), samples))
+        different += different_answers(batch, task)
     return {f"best_of_{k}": passed[k] for k in ks} | {"different_answers": different / len(pairs)}
 
 

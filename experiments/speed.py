@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.tables import RUN, over_seeds
-from experiments.verdicts import MARGIN, TIME_MARGIN, judge
+from experiments.verdicts import MARGIN, TIME_MARGIN, in_words, judge
 
 
 def times(config, summary, arm, threshold=None):
@@ -64,9 +64,7 @@ class Yardstick:
         """The verdict in words, at that many times the margin."""
         gaps, (more, less, equal) = self.gaps(config, summary, arm, base), self.words
         verdict = judge(gaps, margins * self.margin(config, summary), looks)
-        words = {"more": more, "less": less, "equal": equal, "undecided": "undecided"}
-        small = ", by less than the margin" if verdict.startswith("slightly ") else ""
-        return words[verdict.removeprefix("slightly ")] + small
+        return in_words(verdict, {"more": more, "less": less, "equal": equal, "undecided": "undecided"})
 
 
 def time_to(threshold):

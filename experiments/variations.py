@@ -98,6 +98,5 @@ def train_twice(model, task, config, draws, clip=0.2):
             surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
             (-surrogate[mask].sum() / mask.sum()).backward(inputs=minicfrl._parameters(optimizer))
             minicfrl._descend(optimizer)
-            yield {"step": step, "stage": number, "gradient_norm": norm, "tokens": int(batch.mask.sum())} | {
-                "reward": batch.rewards.mean().item()
-            }
+            seen = {"reward": batch.rewards.mean().item(), "tokens": int(batch.mask.sum())}
+            yield {"step": step, "stage": number, "gradient_norm": norm, **seen}

@@ -15,7 +15,14 @@ TIME_MARGIN = 0.1
 
 # What judge says, of how fast two ways of training are.
 SPEED = {"more": "faster", "less": "slower", "equal": f"as fast (within {MARGIN:g})", "undecided": "undecided"}
-SPEED |= {f"slightly {how}": f"{SPEED[how]}, by less than the margin" for how in ("more", "less")}
+
+
+def in_words(said, words, small="by less than the margin"):
+    """What judge said, in the words of a question: {more, less, equal, undecided: word}. If it is slight, that too."""
+    return words[said.removeprefix("slightly ")] + (f", {small}" if said.startswith("slightly ") else "")
+
+
+SPEED |= {said: in_words(said, SPEED) for said in ("slightly more", "slightly less")}
 
 
 @functools.lru_cache

@@ -154,7 +154,8 @@ def arm_named(name) -> Arm:
 
         arm = replace(arm, stages=stages)
     knob = (found[4], float(found[5])) if found[4] else ()
-    check(knob[:1] != ("a",) or 0 < knob[1] < math.inf, f"arm {name!r}: a scale must be positive and finite")
+    check(knob[:1] != ("a",) or knob[1] > 0, f"arm {name!r}: a scale must be positive")
+    check(all(map(math.isfinite, knob[1:])), f"arm {name!r}: a knob cannot be turned infinitely far")
     return replace(arm, knob=knob)
 
 

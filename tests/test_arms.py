@@ -282,6 +282,8 @@ def test_a_grade_is_the_share_of_right_digits_and_noise():
         (dict(optimizer="lion"), "optimizer must be one of adam, sgd, .*, not 'lion'"),
         (dict(arms="rl@a0"), "arm 'rl@a0': a scale must be positive"),
         (dict(arms="rl@snan"), "arm 'rl@snan' is not one of"),
+        (dict(arms="rl@s1e999"), "arm 'rl@s1e999': a knob cannot be turned infinitely far"),
+        (dict(arms="rl@a1e999"), "arm 'rl@a1e999': a knob cannot be turned infinitely far"),
         (dict(arms="norm-first-0x2"), "steps must be a whole number of at least 1, not 0"),
     ],
 )

@@ -106,9 +106,16 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
 
 
 def sequence_logp(model: GPT, tokens: Tensor) -> Tensor:
-    """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats. ValueError for bad tokens."""
+    """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats; 0 at prompts whose logits the model
+    leaves out. ValueError for bad tokens."""
     check_tokens(model, tokens)
-    return token_logp(model(tokens)[:, :-1], tokens[:, 1:])
+    return _logp_of_last(model(tokens)[:, :-1], tokens)
+
+
+def _logp_of_last(logits, tokens):
+    """Log-probabilities (R, T-1) from the logits (R, L, V) that the last L of the tokens (R, T) were chosen from."""
+    L = logits.size(1)
+    return pad(token_logp(logits, tokens[:, -L:]), (tokens.size(1) - 1 - L, 0))
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
@@ -158,15 +165,15 @@ def _backward(model, batch, advantages, stage, trained):
     gradient of 0. Rows without advantage add exactly nothing, so only the others are scored, a slice at a time: with
     one N the slices add up.
     """
-    W, count = model.classifier.weight, int(batch.mask.sum())
+    W, count, L = model.classifier.weight, int(batch.mask.sum()), batch.logits.size(1)
     model.zero_grad()
     for rows in advantages.nonzero().flatten().split(SLICE):  # if there is none, one empty slice: zeros, and a step
         tokens, mask = batch.tokens[rows], batch.mask[rows, 1:]
         if stage.trains == "classifier":
             with torch.no_grad():  # nothing is differentiated
-                features = model.features(tokens)[:, :-1]  # (R, L, d)
-                logits, actions = model.classifier(features), tokens[:, 1:]
-                gradient = classifier_gradient(features, logits, actions, advantages[rows], mask, count)  # (E4)
+                features, actions = model.features(tokens)[:, -1 - L : -1], tokens[:, -L:]  # (R, L, d), (R, L)
+                logits = model.classifier(features)  # (R, L, V)
+                gradient = classifier_gradient(features, logits, actions, advantages[rows], mask[:, -L:], count)  # (E4)
                 W.grad = gradient if W.grad is None else W.grad + gradient
         else:
             loss = policy_gradient_loss(sequence_logp(model, tokens), advantages[rows], mask, count)  # (E3)
@@ -263,8 +270,7 @@ class Rollout:
     @property
     def logp(self) -> Tensor:
         """(R, T-1): log-probability of tokens[:, 1:] as sampled, in nats; 0 for those of the prompt."""
-        L = self.logits.size(1)
-        return pad(token_logp(self.logits, self.tokens[:, -L:]), (self.tokens.size(1) - 1 - L, 0))
+        return _logp_of_last(self.logits, self.tokens)
 
     @property
     def state_logits(self) -> Tensor:

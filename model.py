@@ -187,7 +187,7 @@ def sample(
     check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
     check(0 <= end_token < model.config.vocab_size, f"end token {end_token} is outside the vocabulary")
     cache = [[] for _ in model.body.blocks]
-    first = model.classifier(model.body(prompts, cache))[:, -1:]  # each prompt is read once
+    first = model.classifier(model.body(prompts, cache)[:, -1:])  # each prompt is read once
     logits = [first.repeat_interleave(samples, dim=0)]  # (B, 1, V) each
     for keys_and_values in cache:
         keys_and_values[:] = (x.repeat_interleave(samples, dim=0) for x in keys_and_values)

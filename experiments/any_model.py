@@ -1,6 +1,45 @@
-"""Are the logits of a language model W phi? What every split into W and body rests on, asked of a model of any make."""
+"""A language model of transformers as model.py's policy is: body, and classifier W. And are its logits W phi?"""
+
+from types import SimpleNamespace
 
 import torch
+from torch import nn
+
+
+class Body(nn.Module):
+    """A base model of transformers, called as model.py's Body is: tokens (B, T) -> phi (B, T, d)."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, tokens):
+        return self.base(tokens, use_cache=False).last_hidden_state
+
+
+def untied(lm):
+    """A classifier of the model's own weights that shares nothing with the embedding."""
+    head = lm.get_output_embeddings()
+    classifier = nn.Linear(head.in_features, head.out_features, bias=False)
+    classifier.weight.data = head.weight.detach().clone()
+    return classifier
+
+
+class Policy(nn.Module):
+    """Body and classifier, with the names that ntk.py asks for: ntk.influence(Policy(Body(lm.base_model), untied(lm)),
+    ...) says who teaches whom in a language model."""
+
+    def __init__(self, body, classifier):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=classifier.out_features)
+        self.body, self.classifier = body, classifier
+
+    def features(self, tokens):
+        """tokens (B, T) -> phi (B, T, d)."""
+        return self.body(tokens)
+
+    def forward(self, tokens):
+        return self.classifier(self.features(tokens))
 
 
 @torch.no_grad()

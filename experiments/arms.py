@@ -5,9 +5,11 @@ An arm is one way to train the starting policy; an experiment runs some arms, fr
 
 import copy
 import functools
+import importlib.metadata
 import itertools
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -264,6 +266,10 @@ QUICK = dict(sft_steps=400, rl_steps=16, classifier_steps=4, eval_prompts=32, fi
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
+def versions(*packages):
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
 def option(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -369,6 +375,10 @@ class Config:
                 raise ValueError(f"tilt must be shares such as 0.8,0.01,0.19, not {self.tilt!r}") from None
             configs["tilt"] = SFTConfig((Stage(150, lr=1e-3),), mixture=mixture)
         return configs
+
+    def made_of(self):
+        """What a record says that it was made with."""
+        return versions("torch", "numpy", "tiktoken") | {"python": sys.version.split()[0]}
 
     @property
     def finetuning_steps(self):

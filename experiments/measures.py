@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from experiments.arms import MEASURED, SAMPLES, Config, generator
 from experiments.variations import kl_divergence
@@ -348,6 +349,20 @@ MEASURES = [
 
 FEW = [Measure(accuracy_alone, at_every_look), Measure(likeness, at_stage_ends, LIKENESS)]
 SETS = dict(zip(MEASURED, (MEASURES, FEW, FEW[:1]), strict=True))
+
+
+MOVES = ("W_moved", "body_moved")
+
+
+@torch.no_grad()
+def moves(model, start):
+    """How far W and the body have gone from `start`, a copy of the model's parameters, in parts of their norms then."""
+    W, row = model.classifier.weight, {}
+    for name, of_W in zip(MOVES, (True, False), strict=True):
+        pairs = [(p, old) for p, old in zip(model.parameters(), start, strict=True) if (p is W) == of_W]
+        far, norm = get_total_norm([p - old for p, old in pairs]), get_total_norm([old for _, old in pairs])
+        row[name] = (far / norm).item()
+    return row
 
 
 class Microscope:

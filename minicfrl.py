@@ -114,8 +114,7 @@ def sequence_logp(model: GPT, tokens: Tensor) -> Tensor:
 
 def _logp_of_last(logits, tokens):
     """Log-probabilities (R, T-1) from the logits (R, L, V) that the last L of the tokens (R, T) were chosen from."""
-    L = logits.size(1)
-    return pad(token_logp(logits, tokens[:, -L:]), (tokens.size(1) - 1 - L, 0))
+    return pad(token_logp(logits, tokens[:, -logits.size(1) :]), (tokens.size(1) - 1 - logits.size(1), 0))
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None) -> Tensor:

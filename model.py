@@ -198,9 +198,7 @@ def sample(
         last = logits[-1][:, 0]  # (B, V)
         if not last.isfinite().all():
             raise FloatingPointError("the policy's logits are not finite")
-        token = (
-            last.argmax(1, keepdim=True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
-        )
+        token = last.argmax(1, True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
         token[ended] = end_token
         tokens = torch.cat((tokens, token), dim=1)
         mask = torch.cat((mask, ~ended[:, None]), dim=1)  # built while sampling: the end token earns credit too

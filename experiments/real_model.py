@@ -23,7 +23,7 @@ from torch import nn
 
 from experiments import any_model, cli
 from experiments.any_model import Policy, check_linear, untied
-from experiments.arms import Config, arm_named, generator, option, train_as, versions
+from experiments.arms import ARMS, Arm, Config, arm_named, generator, option, part_alone, train_as, versions
 from experiments.measures import MOVES, Microscope, geometry, moves
 from experiments.runs import Watch, jobs
 from experiments.tables import lines_of, table, write_summary
@@ -55,6 +55,7 @@ class Body(nn.Module):
         super().__init__()
         self.base, self.shared, self.end_token, self.past = base, shared, end_token, None
         self.layers = range(base.config.num_hidden_layers)
+        self.offset = 0.0  # of all phi: one arm makes a parameter of it
 
     def pieces(self, tokens, cache=None):
         """[(phi (U, t, d), rows (B,))]: a few positions at a time, the features of the U distinct beginnings up to
@@ -75,7 +76,7 @@ class Body(nn.Module):
             held = DynamicCache([tuple(part[before] for part in block) for block in past] if start else None)
             phi = self.base(distinct[:, start:], past_key_values=held, use_cache=True).last_hidden_state
             past, rows = [(layer.keys, layer.values) for layer, _ in zip(held.layers, self.layers, strict=True)], now
-            pieces.append((phi, rows))
+            pieces.append((phi + self.offset, rows))
         if cache is not None:
             cache[0][:], self.past = (tokens, rows), past
         return pieces
@@ -241,7 +242,7 @@ def check_memory(config, lm, task, workers):
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-ARMS_OF_ALL = "rl,cf-rl,cf-rl-8x200,control,classifier-last,fast-classifier,classifier-only,random-reward"
+REAL_ARMS = "rl,cf-rl,control,classifier-last,fast-classifier-30x70"  # W's rates as real-tuning chose them: 200x, 70x
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class RealConfig(Config):
     lr: float = option(5e-6, "Adam's learning rate in RL")
     classifier_lr: float = option(1e-3, "Adam's learning rate for the classifier in stage 1")
     seeds: int = option(8, "how many seeds, counted up from --seed")
-    arms: str = option(ARMS_OF_ALL, "arms, by commas; all of experiments/arms.py without imitation")
+    arms: str = option(REAL_ARMS, "arms, by commas; all of experiments/arms.py without imitation")
     eval_every: int = option(1, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(45, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
     threshold: float = option(0.6, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
@@ -291,13 +292,28 @@ def checksums(folder, *files):
 WITHOUT = (
     "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
 )  # flags
+# Parts of SmolLM2, as the beginning of parameter names. An offset of phi adds W times it to the logits of all states.
+PARTS = {
+    "offset": "body.offset",
+    "final-norm": "body.base.norm",
+    "layer-29": "body.base.layers.29",
+    "layer-15": "body.base.layers.15",
+    "layer-0": "body.base.layers.0",
+    "embedding": "body.base.embed_tokens",
+}
+ARMS |= {f"{name}-only": Arm(functools.partial(part_alone, part=part)) for name, part in PARTS.items()}
 # An experiment is other defaults for the flags, as in arms.py.
 MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
 TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
+TUNING = dict(seed=100, rl_steps=10, eval_every=2)
+ALONE = dict.fromkeys(("offset", "final-norm"), (100, 1000, 10000)) | {"classifier": (70, 200), "embedding": (20, 100)}
+ALONE |= dict.fromkeys(("layer-29", "layer-15", "layer-0"), (1, 5, 20)) | {"body": (1, 2)}
+TRIED_ALONE = [f"{part}-only-10x{multiple}" for part, multiples in ALONE.items() for multiple in multiples]
 EXPERIMENTS = {
     "real": {},
     "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
-    "real-tuning": dict(seed=100, seeds=3, rl_steps=10, eval_every=2, arms=",".join(TRIED)),
+    "real-tuning": TUNING | dict(seeds=3, arms=",".join(TRIED)),
+    "real-parts-tuning": TUNING | dict(seeds=1, arms=",".join(TRIED_ALONE)),
 }
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 QUICK |= dict(arms="rl,cf-rl,control,classifier-last,fast-classifier,classifier-only,random-reward")
@@ -342,6 +358,8 @@ def train(config, out, seed, arm, bar):
     an empty module stands for each."""
     torch.set_default_device(config.device)
     model, task = load(config)
+    if arm.startswith("offset-only"):
+        model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
     watch = Watch(config, out, seed, arm, RealView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)
     if arm == "sft":

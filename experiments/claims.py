@@ -6,8 +6,9 @@ Every verdict is experiments.verdicts.judge of paired differences; a row only sa
 
 import statistics
 
+from experiments.measures import MOVES
 from experiments.order import at_equal
-from experiments.speed import AREA, END
+from experiments.speed import END, time_to
 from experiments.tables import RUN, at, over_seeds, paired
 from experiments.verdicts import MARGIN, SPEED, in_words, judge
 
@@ -26,20 +27,21 @@ class Evidence:
     def says(self, differences, more="yes", less="no, the reverse", equal="", margin=MARGIN):
         """The verdict on paired differences in the words of a claim; of a tie and of doubt it says so."""
         equal = equal or f"no difference (within {margin:g})"
-        count = len(differences)
-        words = dict(more=more, less=less, equal=equal, undecided=f"undecided at {count} seed{'s' * (count > 1)}")
+        words = dict(more=more, less=less, equal=equal, undecided="undecided")
         said = judge(differences, margin, self.looks)
         return in_words(said, words, f"by less than {margin:g}")
 
+    def arm(self, name):
+        """The arm of that name, or the one cell of a map that is called after it."""
+        return next(arm for arm in self.summary if arm == name or arm.startswith(f"{name}-{self.config.rl_steps}x"))
+
     def measured(self, yardstick, arm):
         """An arm by a yardstick of speed.py."""
-        return over_seeds([*yardstick.values(self.config, self.summary, arm).values()], yardstick.form)
+        return over_seeds([*yardstick.values(self.config, self.summary, self.arm(arm)).values()], yardstick.form)
 
     def compared(self, yardstick, arm, base):
-        """Two arms by a yardstick: the verdict, and the difference."""
-        gaps = yardstick.gaps(self.config, self.summary, arm, base)
-        said = yardstick.said(self.config, self.summary, arm, base, self.looks)
-        return f"{said}, {over_seeds(gaps, '+' + yardstick.form)}"
+        """What a yardstick allows to say of two arms."""
+        return yardstick.said(self.config, self.summary, self.arm(arm), self.arm(base), self.looks)
 
     def values(self, arm, name):
         return self.summary[arm][name]
@@ -64,14 +66,10 @@ class Evidence:
         parts = (self.values(arm, f"confidence_{name}") for name in ("by_W", "change"))
         return [part / whole for part, whole in zip(*parts, strict=True)]
 
-    def mostly_through_W(self, *arms):
-        """Is W's part more than half of it? The arms, sorted by the answer."""
-        answers = {}
-        for arm in arms:
-            parts = zip(self.values(arm, "confidence_by_W"), self.values(arm, "confidence_change"), strict=True)
-            answer = self.says([part - whole / 2 for part, whole in parts], "mostly so", "less than half", margin=0.0)
-            answers.setdefault(answer, []).append(arm)
-        return "; ".join(f"{answer}: {', '.join(group)}" for answer, group in answers.items())
+    def mostly_through_W(self, arm):
+        """Is W's part more than half of it?"""
+        parts = zip(self.values(arm, "confidence_by_W"), self.values(arm, "confidence_change"), strict=True)
+        return self.says([part - whole / 2 for part, whole in parts], less="no", margin=0.0)
 
     def faster(self, arm, base="rl"):
         return self.speed(self.gap(arm, base))
@@ -148,6 +146,13 @@ class Evidence:
         """Accuracy at the end of a part trained alone."""
         return self.of(next(arm for arm in self.summary if arm.startswith(f"{part}-only-")), "accuracy")
 
+    def same_marks(self):
+        """Does W grow more and do features move less in both ways of two stages than in one?"""
+        pairs = (("cf-rl", "rl"), ("lp-ft", "ft"))
+        gaps = [self.gap(two, one, "classifier_norm") for two, one in pairs]
+        gaps += [self.gap(one, two, "feature_change") for two, one in pairs]
+        return all(self.says(gap, margin=0.0) == "yes" for gap in gaps)
+
     def halves(self, arm):
         return " then ".join(self.says(change, "helps", "harms") for change in self.rise_and_fall(arm))
 
@@ -173,57 +178,32 @@ VARIED, ALIKE, ALIKE_KEPT = (f"fast-classifier-40x{rate}" for rate in ("1", "1@s
 FIRST_PAPER = (
     (
         "RL makes a policy more confident (top-1 probability)",
-        lambda e: (
-            f"{e.says(e.gap('rl', 'sft', 'confidence'))}, {e.minus('rl', 'sft', 'confidence')}; coin flips, SGD: "
-            f"{e.says(e.gap('random-reward-sgd', 'sft', 'confidence'), 'too')}"
-        ),
+        lambda e: e.says(e.gap("rl", "sft", "confidence")),
         "confidence",
     ),
     (
         "and less diverse (than imitation, at equal accuracy)",
-        lambda e: (
-            f"{e.says(e.gap('ft', 'rl', 'different_answers'), margin=0.0)}, "
-            f"{e.minus('rl', 'ft', 'different_answers', '+.1f')} answers in 64 samples"
-        ),
+        lambda e: e.says(e.gap("ft", "rl", "different_answers"), margin=0.0),
         "lp-ft",
     ),
     (
-        "confidence rises through R, by moving W",
-        lambda e: f"in this parametrisation, at these rates, {e.mostly_through_W('rl-sgd', 'rl')}",
+        "confidence rises through R, by moving W (in this parametrisation)",
+        lambda e: f"SGD {e.mostly_through_W('rl-sgd')}, Adam {e.mostly_through_W('rl')}",
         "scale",
     ),
     (
         "because features vary little",
         lambda e: (
-            f"at one rate {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}; at one trace of R "
-            f"{e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), 'still', 'the reverse')}"
+            f"at one rate {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}, else "
+            f"{e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), equal='no')}"
         ),
         "variability-sgd",
     ),
     (
-        "CF-RL learns faster than plain RL",
-        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; its control too: {e.compared(AREA, CONTROL, 'rl')}",
-        "speed",
-    ),
-    (
-        "and where features must be learnt",
-        lambda e: f"{e.compared(AREA, 'cf-rl', 'rl')}; at the end {e.compared(END, 'cf-rl', 'rl')}",
-        "speed-learning",
-    ),
-    (
-        "because W comes first",
-        lambda e: (
-            f"not seen: against W last, at the end, {e.compared(END, 'cf-rl', 'classifier-last')}; where features must "
-            f"be learnt {e.at('speed-learning').compared(END, 'cf-rl', 'classifier-last')}"
-        ),
-        "speed",
-    ),
-    (
         "W shapes G, so that stage 2 learns faster",
         lambda e: (
-            f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}, the control's too: "
-            f"{e.says(e.grown_G(CONTROL), less='no', margin=0.0)}; from equal accuracy stage 2 gains "
-            f"{e.says(e.stage_2_lead(), 'more', 'less', 'as much')}"
+            f"{e.says(e.grown_G('cf-rl'), 'G grows', 'G shrinks', margin=0.0)}; faster: "
+            f"{e.says(e.stage_2_lead(), equal='no')}"
         ),
         "classifier",
     ),
@@ -236,27 +216,21 @@ FIRST_PAPER = (
     ),
     (
         "CF-RL works otherwise than linear probing, then fine-tuning",
-        lambda e: (
-            "its marks cannot tell; W grows, features move less: "
-            f"{e.says(e.gap('cf-rl', 'rl', 'classifier_norm'), margin=0.0)}, "
-            f"{e.says(e.gap('rl', 'cf-rl', 'feature_change'), margin=0.0)}, so for lp-ft: "
-            f"{e.says(e.gap('lp-ft', 'ft', 'classifier_norm'), margin=0.0)}, "
-            f"{e.says(e.gap('ft', 'lp-ft', 'feature_change'), margin=0.0)}"
-        ),
+        lambda e: "no telling: the same marks" if e.same_marks() else "its marks differ",
         "lp-ft",
     ),
 )
 SECOND_PAPER = (
     (
         "RL selects among patterns whose success stays constant",
-        lambda e: f"{e.selects('rl')}; in `learning` {e.at('learning').selects('rl')}",
+        lambda e: f"{e.selects('rl')}; untaught start {e.at('learning').selects('rl')}",
         "confidence",
     ),
     (
         "RL changes a few critical tokens",
         lambda e: e.says(
             [x - y / 2 for x, y in zip(e.values("rl", "kl_first"), e.values("rl", "kl"), strict=True)],
-            "yes, one, as the task was built to have",
+            "yes, one, by design",
             margin=0.0,
         ),
         "confidence",
@@ -267,10 +241,10 @@ SECOND_PAPER = (
         "regime-1",
     ),
     (
-        "if a mediocre one (d) beats it too, it first crowds the best out (by more than a twentieth)",
+        "if a mediocre one beats it too, it first crowds the best out",
         lambda e: (
-            f"on {len(e.skilled('d').values('sft', 'seed'))} seeds, SGD {e.says(e.skilled('d').dips('rl-sgd'))}, Adam "
-            f"{e.says(e.skilled('d').dips('rl'), less='no')}"
+            f"SGD {e.skilled('d').says(e.skilled('d').dips('rl-sgd'))}, Adam "
+            f"{e.skilled('d').says(e.skilled('d').dips('rl'), less='no')}"
         ),
         "regime-2",
     ),
@@ -281,32 +255,42 @@ SECOND_PAPER = (
     ),
     (
         "RL on the policy's own certainty first helps, then harms",
-        lambda e: (
-            f"where d is rare {e.halves('self-certainty')}; where common {e.at('rlif').halves('self-certainty')}, "
-            f"SGD {e.at('rlif').halves('self-certainty-sgd')}"
-        ),
+        lambda e: f"{e.halves('self-certainty')}; else {e.at('rlif').halves('self-certainty').partition(' then')[0]}",
         "regime-1",
     ),
 )
 
 
+ANSWERS = {
+    "plain RL": "rl",
+    "CF-RL": "cf-rl",
+    "control: CF-RL's rates, nothing frozen": CONTROL,
+    "W fast throughout, nothing frozen": "fast-classifier",
+}
+STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real": "SmolLM2"}
+
+
+def answers(results):
+    """The first table: how many updates each way takes, in the toy and in a real model, and whether W first is better
+    than W last. All that a column asks is asked together."""
+    starts = {name: Evidence(results, name, looks=len(ANSWERS)) for name in STARTS}
+    headings = (f"{STARTS[name]}, {e.config.seeds} seeds" for name, e in starts.items())
+    yield ["", *headings]
+    for label, arm in ANSWERS.items():
+        cells = []
+        for e in starts.values():
+            time = time_to(e.config.threshold)
+            cells.append(e.measured(time, arm) + (f", {e.compared(time, arm, 'rl')}" if arm != "rl" else ""))
+        yield [label, *cells]
+    yield ["CF-RL against W last, at the end", *(e.compared(END, "cf-rl", "classifier-last") for e in starts.values())]
+
+
 # On the toy and on a real model: claim, Evidence -> verdict and numbers. The arms and measures are the same in both.
 BOTH = (
     ("CF-RL against plain RL", lambda e: e.against("rl", "cf-rl")),
-    ("its control, at the same rates but with nothing frozen, against plain RL", lambda e: e.against("rl", CONTROL)),
+    ("its control against plain RL", lambda e: e.against("rl", CONTROL)),
     ("CF-RL against its control", lambda e: e.against(CONTROL, "cf-rl")),
-    ("CF-RL at plain RL's rate, against plain RL", lambda e: e.against("rl", "cf-rl-same-lr")),
-    (
-        "CF-RL against plain RL with stage 1 not counted, as the paper is said to count",
-        lambda e: e.of_free(),
-    ),
-    (
-        "W alone for the whole run, accuracy at its end",
-        lambda e: (
-            f"{e.says(e.gap('classifier-only', 'sft', 'accuracy'), 'gains', 'loses', 'gains nothing')}: "
-            f"{e.minus('classifier-only', 'sft', 'accuracy')}"
-        ),
-    ),
+    ("CF-RL against plain RL, stage 1 not counted, as the paper is said to count", lambda e: e.of_free()),
     (
         "plain RL raises confidence (top-1 probability) on fixed states",
         lambda e: f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}",
@@ -325,28 +309,24 @@ BOTH = (
             f"{mean(e.agreement('rl', 'continuation'))} (at prompt ends {mean(e.agreement('rl', 'prompt'))})"
         ),
     ),
-    (
-        "coin flips for rewards do nothing (Adam)",
-        lambda e: (
-            f"{e.says(e.gap('random-reward', 'sft', 'accuracy'), 'no, they help', 'no, they harm', 'yes')}: accuracy "
-            f"{e.minus('random-reward', 'sft', 'accuracy')}"
-        ),
-    ),
 )
 
 
 def side_by_side(results):
-    """A row per claim: what the toy says of it, and what the real model does."""
+    """A row per claim: what the toy says of it, and what the real model does. Then how far each arm moved."""
     toy, real = (Evidence(results, name, looks=len(BOTH)) for name in ("confidence", "real"))
-    yield ["", f"toy, {toy.config.seeds} seeds", f"SmolLM2-135M, {real.config.seeds} seeds"]
+    yield ["accuracy over the run", f"toy, {toy.config.seeds} seeds", f"SmolLM2, {real.config.seeds} seeds"]
     for claim, verdict in BOTH:
         yield [claim, verdict(toy), verdict(real)]
+    for arm in ("rl", "cf-rl"):
+        moved = ("; ".join(e.of(arm, name, ".2%") for name in MOVES) for e in (toy, real))
+        yield [f"how far `{arm}` moves W, and the body, in parts of their norms", *moved]
 
 
 def rows(results):
     """The rows of a table: claim, verdict, and the experiment that shows it."""
     yield ["claim", "here", "numbers"]
-    for paper, claims in {"First paper": FIRST_PAPER, "Second paper": SECOND_PAPER}.items():
-        yield [f"**{paper}**", "", ""]
+    for number, claims in enumerate((FIRST_PAPER, SECOND_PAPER), start=1):
         for claim, verdict, name in claims:
-            yield [claim, verdict(Evidence(results, name)), f"[`{name}`](experiments/results.md#{name})"]
+            said = verdict(Evidence(results, name))
+            yield [f"{number}: {claim}", said, f"[`{name}`](experiments/results.md#{name})"]

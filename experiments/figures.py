@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import statistics
 from pathlib import Path
 
@@ -10,10 +11,25 @@ from experiments.arms import CONSTANTS, arm_named
 from experiments.one_update import closely
 from experiments.runs import load_policy, policy_file
 from experiments.speed import END
-from experiments.verdicts import half_width
+from experiments.verdicts import half_width, judge
 
-# Okabe and Ito's: safe for the colour-blind.
+# Okabe and Ito's: safe for the colour-blind. An arm has one colour in all pictures.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+ARMS = ("rl", "cf-rl", "control", "classifier-last", "fast-classifier", "rl-sgd", "sft", "random-reward")
+OTHERS = {"self-certainty": "#cc79a7", "log-probability": "#e69f00", "sft-rl-sgd": "#009e73"}  # where those are not
+NAMES = {
+    "rl": "plain RL",
+    "cf-rl": "CF-RL (W first, alone)",
+    "control": "control (nothing frozen)",
+    "classifier-last": "W last, alone",
+    "fast-classifier": "W fast throughout",
+}
+
+
+def colour_of(arm):
+    """That of an arm; of a cell of a map that of its arm."""
+    colours = dict(zip(ARMS, COLOURS, strict=True)) | OTHERS
+    return next((colour for name, colour in colours.items() if re.fullmatch(rf"{name}(-[0-9]+x.*)?", arm)), "#999999")
 
 
 def plot_band(axes, xs, curves, label, style, colour):
@@ -25,7 +41,7 @@ def plot_band(axes, xs, curves, label, style, colour):
 
 
 @contextlib.contextmanager
-def panels_in(path, *shape, size=(10, 3)):
+def panels_in(path, *shape, size=(8, 2.8)):
     """Panels to draw in, in rows and columns, or in a row; the figure is saved at the end."""
     from matplotlib.figure import Figure
 
@@ -34,97 +50,123 @@ def panels_in(path, *shape, size=(10, 3)):
     figure.savefig(path, format="png", dpi=150)
 
 
+def plot_answer(results, titles, path):
+    """Accuracy against updates, a panel for each experiment: does it help that W comes first?"""
+    with panels_in(path, len(titles), size=(8, 3.4)) as panels:
+        for axes, (experiment, title) in zip(panels, titles.items(), strict=True):
+            config, summary = results[experiment]
+            for name, label in NAMES.items():
+                arm = next(arm for arm in summary if re.fullmatch(rf"{name}(-[0-9]+x.*)?", arm))
+                curves = summary[arm]["curves"]
+                style = "--" if name == "classifier-last" else "-"  # plain RL, for most of the run
+                plot_band(axes, curves["step"][0], curves["accuracy"], label, style, colour_of(arm))
+            axes.axvline(config.classifier_steps, color="#555555", linestyle=":")
+            axes.text(config.classifier_steps, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
+            axes.set(title=title, xlabel="updates", xlim=(0, config.rl_steps), ylim=(0, 1))
+        panels[0].set_ylabel("held-out accuracy")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
+
+
 def plot_curves(config, summary, path):
     """Accuracy, entropy and the share of pattern s against updates."""
     panels = {"accuracy": "held-out accuracy", "entropy": "token entropy (nats)", "share_s": "share of pattern s"}
-    shown = [arm for arm in config.arm_list if arm in summary]
     with panels_in(path, len(panels)) as figure:
         for axes, (name, label) in zip(figure, panels.items(), strict=True):
-            for colour, arm in zip(itertools.cycle(COLOURS), shown, strict=False):
+            for arm in (arm for arm in config.arm_list if arm in summary):
                 curves = summary[arm]["curves"]
-                style = "-" if arm in ("rl", "cf-rl") else "--"  # dashed: the controls
-                plot_band(axes, curves["step"][0], curves[name], arm, style, colour)
+                plot_band(axes, curves["step"][0], curves[name], NAMES.get(arm, arm), "-", colour_of(arm))
             top = None if name == "entropy" else 1
             axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), ylim=(0, top))
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8)
 
 
 def plot_patterns(results, path):
     """The best pattern's share in two regimes, and accuracy with the verifier and with internal feedback."""
-    panels = (("regime-1", "share_s"), ("regime-2", "share_s"), ("regime-1", "accuracy"))
-    arms = dict.fromkeys(results["regime-2"][0].arm_list + results["regime-1"][0].arm_list)
-    colours = dict(zip(arms, COLOURS, strict=False))  # one for an arm, in all panels
-    with panels_in(path, len(panels)) as figure:
-        for axes, (experiment, name) in zip(figure, panels, strict=True):
+    panels = {
+        ("regime-1", "share_s"): "one pattern beats the average:\nits share just rises",
+        ("regime-2", "share_s"): "two do (log scale):\nby SGD the best falls first",
+        ("regime-1", "accuracy"): "own certainty as reward\nfirst helps, then harms",
+    }
+    with panels_in(path, len(panels), size=(8, 3.2)) as figure:
+        for axes, ((experiment, name), title) in zip(figure, panels.items(), strict=True):
             config, summary = results[experiment]
             for arm in config.arm_list:
                 if name == "accuracy" or "reward" not in arm_named(arm).rl:
                     curves = summary[arm]["curves"]
-                    plot_band(axes, curves["step"][0], curves[name], arm, "-", colours[arm])
+                    plot_band(axes, curves["step"][0], curves[name], NAMES.get(arm, arm), "-", colour_of(arm))
             label = "held-out accuracy" if name == "accuracy" else "share of pattern s"
-            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps), title=experiment)
+            axes.set(xlabel="updates", ylabel=label, xlim=(0, config.rl_steps))
+            axes.set_title(title, fontsize=9)
             axes.set(**({"yscale": "log"} if experiment == "regime-2" else {"ylim": (0, 1)}))
             axes.legend(frameon=False, fontsize=8, loc="center right" if experiment == "regime-2" else "best")
 
 
 def plot_diversity(results, path):
     """pass@k against k, before and after RL, for each starting policy."""
-    with panels_in(path, 2) as figure:
-        for axes, experiment in zip(figure, ("confidence", "learning"), strict=True):
+    titles = {"confidence": "a start that can add", "learning": "a start that cannot yet"}
+    with panels_in(path, 2, size=(8, 3.2)) as figure:
+        for axes, (experiment, title) in zip(figure, titles.items(), strict=True):
             _, summary = results[experiment]
             names = [name for name in summary["sft"] if name.startswith("best_of_")]
-            shown = [arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary]
-            for colour, arm in zip(("#000000", *COLOURS), shown, strict=False):
+            for arm in (arm for arm in ("sft", "rl", "cf-rl", "random-reward") if arm in summary):
                 curves = list(zip(*(summary[arm][name] for name in names), strict=True))
-                plot_band(axes, range(len(names)), curves, arm, ":" if arm == "sft" else "-", colour)
-            axes.set(xlabel="k samples", ylabel="pass@k on held-out prompts", title=experiment, ylim=(0, 1.02))
+                label = {"sft": "start", "random-reward": "coin flips"} | NAMES
+                plot_band(axes, range(len(names)), curves, label[arm], ":" if arm == "sft" else "-", colour_of(arm))
+            axes.set(xlabel="k samples", title=f"{title}:\nRL's lead shrinks with k", ylim=(0, 1.02))
             axes.set_xticks(range(len(names)), [2**i for i in range(len(names))])
-            axes.legend(frameon=False, loc="lower right")
+        figure[0].set_ylabel("pass@k on held-out prompts")
+        figure[0].legend(frameon=False, fontsize=9, loc="lower right")
+
+
+VERDICTS = {"behind": "#d55e00", "undecided": "#dddddd", "equal": "#f7f7f7", "ahead": "#0072b2"}
 
 
 def plot_order(maps, path):
-    """At the end of the run, cf-rl minus the arms with its rates, in every cell of the map: a panel for each start."""
-    with panels_in(path, len(maps), size=(10, 3.6)) as panels:
+    """At the end of the run, cf-rl minus the arms with its rates, in every cell of the map: a panel for each start. A
+    cell that stage 1 alone finishes says nothing of the order and is left blank."""
+    from matplotlib.patches import Patch, Rectangle
+
+    with panels_in(path, len(maps), size=(8, 3)) as panels:
         for axes, (title, (config, summary)) in zip(panels, maps.items(), strict=True):
-            axes.axvline(0, color="#999999", linewidth=0.8)
-            for shift, (base, colour) in enumerate(zip(order.BASES, COLOURS, strict=False)):
-                for y, cell in enumerate(config.cells):
-                    gaps = END.gaps(config, summary, order.arm_at(order.CF_RL, cell), order.arm_at(base, cell))
-                    named = f"minus {base}" if not y else None
-                    bar = dict(xerr=half_width(gaps), fmt="o", color=colour, capsize=3, label=named)
-                    axes.errorbar(statistics.fmean(gaps), y + (shift - 1) / 5, **bar)
+            looks = len(config.cells) * len(order.BASES)
+            for (y, cell), (x, base) in itertools.product(enumerate(config.cells), enumerate(order.BASES)):
+                if order.finished_in_stage_1(config, summary, cell):
+                    continue
+                gaps = END.gaps(config, summary, order.arm_at(order.CF_RL, cell), order.arm_at(base, cell))
+                said = {"more": "ahead", "less": "behind"}
+                word = judge(gaps, END.margin(config, summary), looks).removeprefix("slightly ")
+                axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, color=VERDICTS[said.get(word, word)]))
+                axes.text(x, y, f"{statistics.fmean(gaps):+.3f}", ha="center", va="center", fontsize=9)
+            axes.set_xticks(range(len(order.BASES)), [f"minus\n{base}" for base in order.BASES], fontsize=8)
             axes.set_yticks(range(len(config.cells)), [f"n = {n}, {multiple:g}×" for n, multiple in config.cells])
-            axes.set(title=title, xlabel="accuracy at the end: CF-RL minus another order")
-            axes.invert_yaxis()
-            axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            axes.set(title=title, xlim=(-0.5, len(order.BASES) - 0.5), ylim=(len(config.cells) - 0.5, -0.5))
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        marks = [Patch(facecolor=colour, edgecolor="#999999", label=word) for word, colour in VERDICTS.items()]
+        axes.figure.legend(handles=marks, frameon=False, fontsize=9, ncols=4, loc="outside lower center")
 
 
 def plot_knobs(results, path):
-    """What a constant feature changes, and what it does not: rise of top-1 and accuracy by SGD, W at one rate and at
-    one that keeps the trace of R."""
-    panels = {"confidence_change": "rise of top-1 on fixed states", "accuracy": "held-out accuracy, update 40"}
-    with panels_in(path, 2, 2, size=(10, 6)) as figure:
-        for row, (way, title) in zip(
-            figure, {"fast-classifier": "everything trained", "classifier-only": "W alone"}.items(), strict=True
-        ):
-            for axes, (name, label) in zip(row, panels.items(), strict=True):
-                for (experiment, judge), colour in zip(
-                    {"variability-sgd": "verifier", "variability-coins-sgd": "coin flips"}.items(),
-                    COLOURS,
-                    strict=False,
-                ):
-                    _, summary = results[experiment]
-                    for kept, style in ((False, "o-"), (True, "s:")):
-                        arms = [f"{way}-40x1"] + [
-                            f"{way}-40x{multiple if kept else 1:.4g}@s{s}" for s, multiple in CONSTANTS.items()
-                        ]
-                        values = [summary[arm][name] for arm in arms]
-                        named = f"{judge}, R's trace kept" if kept else f"{judge}, same rate"
-                        means, bars = [statistics.fmean(v) for v in values], [half_width(v) for v in values]
-                        axes.errorbar((0, *CONSTANTS), means, bars, fmt=style, color=colour, capsize=3, label=named)
-                axes.set(title=title, ylabel=label, xlabel="constant feature, in |φ|")
-                axes.spines[["top", "right"]].set_visible(False)
+    """What a constant feature changes, and what it does not: rise of top-1 and accuracy by SGD, everything trained, W
+    at one rate and at one that keeps the trace of R."""
+    panels = {"confidence_change": "confidence rises more\nonly at one rate", "accuracy": "and so does accuracy"}
+    experiments = {"variability-sgd": "verifier", "variability-coins-sgd": "coin flips"}
+    with panels_in(path, 2, size=(8, 3.2)) as figure:
+        for axes, (name, title) in zip(figure, panels.items(), strict=True):
+            for (experiment, rewards), colour in zip(experiments.items(), COLOURS, strict=False):
+                _, summary = results[experiment]
+                for kept, style in ((False, "o-"), (True, "s:")):
+                    rates = {s: multiple if kept else 1 for s, multiple in CONSTANTS.items()}
+                    way = "fast-classifier-40x"
+                    arms = [f"{way}1", *(f"{way}{rate:.4g}@s{s}" for s, rate in rates.items())]
+                    values = [summary[arm][name] for arm in arms]
+                    named = f"{rewards}, {'trace of R kept' if kept else 'one rate'}"
+                    means, bars = [statistics.fmean(v) for v in values], [half_width(v) for v in values]
+                    axes.errorbar((0, *CONSTANTS), means, bars, fmt=style, color=colour, capsize=3, label=named)
+            axes.set(title=title, xlabel="constant feature, in lengths of φ")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure[0].set_ylabel("rise of top-1, fixed states")
+        figure[1].set_ylabel("held-out accuracy")
         axes.legend(frameon=False, fontsize=8)
 
 
@@ -132,22 +174,23 @@ def plot_sizes(sizes, path):
     """Leads, also in parts of what plain RL leaves, and how alike features are, against the policy's width.
     `sizes` holds claims.Evidence by (width, layers); what has other than two layers is hollow."""
     panels = {
-        "lead over plain RL (accuracy over the run)": {
+        "lead over plain RL\n(accuracy over the run)": {
             "cf-rl": lambda e: e.gap("cf-rl", "rl"),
             "its control": lambda e: e.gap("control", "rl"),
         },
-        "the same, of what plain RL leaves": {
+        "the same, in parts of\nwhat plain RL leaves": {
             "cf-rl": lambda e: e.lead_of_rest("cf-rl"),
             "its control": lambda e: e.lead_of_rest("control"),
         },
-        "mean cosine of features, at the start": {
+        "cosine of features\nat the start": {
             "at the end of prompts": lambda e: e.values("sft", "cosine_prompt"),
             "within responses": lambda e: e.values("sft", "cosine_continuation"),
         },
     }
-    with panels_in(path, len(panels)) as figure:
+    with panels_in(path, len(panels), size=(8, 3.2)) as figure:
         for axes, (title, lines) in zip(figure, panels.items(), strict=True):
-            for colour, (label, values) in zip(COLOURS, lines.items(), strict=False):
+            arms = ("cf-rl", "control") if "lead" in title or "plain RL" in title else ("sft", "rl-sgd")
+            for colour, (label, values) in zip(map(colour_of, arms), lines.items(), strict=True):
                 for (width, layers), evidence in sizes.items():
                     seeds = values(evidence)
                     low, middle, high = (f(seeds) for f in (min, statistics.median, max))
@@ -164,28 +207,29 @@ def plot_sizes(sizes, path):
             axes.spines[["top", "right"]].set_visible(False)
 
 
-def token_axes(axes, labels, colour="black"):
-    """Ticks that read as responses, with positions on the left and lines between; `labels` has a list for each."""
-    tokens = [token for response in labels for token in response]
-    numbered = [f"{token} @{t}" for response in labels for t, token in enumerate(response)]
-    axes.set_xticks(range(len(tokens)), tokens, fontsize=7)
-    axes.set_yticks(range(len(tokens)), numbered, fontsize=6)
+def token_axes(axes, tokens, colour="black"):
+    """Ticks that read as tokens, with lines between responses; `tokens` are (response, position, text)."""
+    axes.set_xticks(range(len(tokens)), [text for _, _, text in tokens], fontsize=9)
+    axes.set_yticks(range(len(tokens)), [f"{text} @{t}" for _, t, text in tokens], fontsize=9)
     axes.tick_params(length=0)
-    for edge in itertools.accumulate(len(response) for response in labels[:-1]):
+    for edge in (i for i in range(1, len(tokens)) if tokens[i][0] != tokens[i - 1][0]):
         axes.axhline(edge - 0.5, color=colour, linewidth=0.6)
         axes.axvline(edge - 0.5, color=colour, linewidth=0.6)
 
 
-def plot_influence(update, path):
-    """Who teaches whom in one update (E10): through W, and through the body."""
-    top = max(abs(value) for part in update["influence"] for row in part for value in row) or 1.0
-    with panels_in(path, 2, size=(10, 5)) as panels:
-        for axes, part, title in zip(
-            panels, update["influence"], ("through W (R)", "through the body (G)"), strict=True
-        ):
-            image = axes.imshow(part, cmap="RdBu", norm=signed(top))
-            token_axes(axes, update["labels"])
-            axes.set(title=title, xlabel="the token that changes", ylabel="the sampled token that teaches")
+def plot_influence(parts, labels, path, least=0.03):
+    """Who teaches whom in one update (E10): through W, and through the body, N x N each. `labels` has a list of tokens
+    for each response. Shown are the tokens that teach or learn: at least that part of the most that any does."""
+    top = max(abs(value) for part in parts for row in part for value in row) or 1.0
+    tokens = [(i, t, text) for i, response in enumerate(labels) for t, text in enumerate(response)]
+    shown = [n for n in range(len(tokens)) if any(max(abs(p[n][m]), abs(p[m][n])) > least * top
+                                                  for p in parts for m in range(len(tokens)))]  # fmt: skip
+    with panels_in(path, 2, size=(8, 4.4)) as panels:
+        for axes, part, title in zip(panels, parts, ("through W (R)", "through the body (G)"), strict=True):
+            image = axes.imshow([[part[n][m] for m in shown] for n in shown], cmap="RdBu", norm=signed(top))
+            token_axes(axes, [tokens[n] for n in shown])
+            axes.set(title=title, xlabel="the token that changes")
+        panels[0].set_ylabel("the sampled token that teaches")
         bar = axes.figure.colorbar(image, ax=list(panels), shrink=0.8)
         bar.set_label("change of log π in one step (nats)")
 
@@ -198,60 +242,56 @@ def signed(top):
 
 
 def plot_kernel(update, path):
-    """How strongly R and G couple any two states of three responses, at the start and after stage 1."""
+    """How strongly R and G couple any two states of three responses, at the start."""
     from matplotlib.colors import PowerNorm
 
     labels = [update["labels"][row] for row in update["kernel_rows"]]
-    (R, G), (_, G_after) = update["kernels"]  # stage 1 leaves the features, hence R, as they are
-    top = max(map(max, G_after + G))
-    blocks = {
-        "R: the same before and after stage 1": (R, None),
-        "G at the start": (G, PowerNorm(0.5, vmin=0, vmax=top)),
-        "G after stage 1": (G_after, PowerNorm(0.5, vmin=0, vmax=top)),
-    }
-    with panels_in(path, 3, size=(10, 4.3)) as panels:
-        for axes, (title, (block, norm)) in zip(panels, blocks.items(), strict=True):
-            image = axes.imshow(block, cmap="magma", norm=norm)
-            token_axes(axes, labels, "white")
-            axes.set_title(title, fontsize=10)
-            bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, location="bottom", label="norm of the V x V block")
-            if norm:
-                bar.set_ticks([0, top / 4, top], labels=["0", f"{top / 4:.0f}", f"{top:.0f}"])
+    tokens = [(i, t, text) for i, response in enumerate(labels) for t, text in enumerate(response)]
+    blocks = dict(
+        zip(("R: only like states are coupled", "G: all states are coupled"), update["kernels"][0], strict=True)
+    )
+    with panels_in(path, 2, size=(8, 5)) as panels:
+        for axes, (title, block) in zip(panels, blocks.items(), strict=True):
+            image = axes.imshow(block, cmap="magma", norm=PowerNorm(0.5, vmin=0, vmax=max(map(max, block))))
+            token_axes(axes, tokens, "white")
+            axes.set_title(title, fontsize=11)
+            bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, location="bottom", label="norm of the V × V block")
+            step = float(f"{max(map(max, block)) / 3:.1g}")
+            bar.set_ticks([0, step / 4, step, 2 * step], labels=[f"{tick:g}" for tick in (0, step / 4, step, 2 * step)])
 
 
 def plot_loop(path):
-    """The method as a diagram."""
+    """The method as a diagram: an update, and the updates of a run from left to right."""
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
-    figure = Figure(figsize=(10, 2), layout="constrained")
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(0, 100), ylim=(-3.5, 17))
+    axes.set(xlim=(0, 100), ylim=(-1, 27))
     axes.set_axis_off()
 
-    def box(x, y, text, width=14, height=8, colour="#eef3f8"):
+    def box(x, y, text, width, height=8, colour="#eef3f8"):
         axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0.2", facecolor=colour, edgecolor="#444444"))
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
 
-    def arrow(*ends, **style):
-        axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": "#444444", **style})
+    def arrow(*ends):
+        axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": "#444444"})
 
     steps = (
         "prompt\n47+85=",
         "a group of\nresponses",
-        "verifier:\nrewards 0 or 1",
-        "advantages:\nbetter than\nthe group?",
+        "verifier:\nreward 0 or 1",
+        "better than\nthe group?",
+        "gradient,\nstep",
     )
     for i, text in enumerate(steps):
-        box(1 + 20 * i, 5, text)
+        box(1 + 20.5 * i, 17, text, 15)
         if i:
-            arrow((20 * i - 4.6, 9), (20 * i + 0.6, 9))
-    box(82, 9.6, "stage 1: gradient\nof W alone", width=17, height=6.4, colour="#fbe3d6")
-    box(82, 0.8, "stage 2: gradient\nof W and the body", width=17, height=6.4, colour="#d9e8f5")
-    arrow((75.4, 10), (81.6, 12.8))
-    arrow((75.4, 8), (81.6, 4))
-    arrow((99, -1), (28, 4.6), connectionstyle="angle,angleA=0,angleB=90,rad=4")
-    axes.text(60, -2.4, "the changed policy samples the next batch", ha="center", va="center", fontsize=9)
+            arrow((20.5 * i - 4, 21), (20.5 * i + 0.6, 21))
+    axes.text(1, 13, "an update, and a run of them:", fontsize=9, va="center")
+    box(1, 1, "first n updates:\nW alone, at a high rate", 33, colour="#fbe3d6")
+    box(38, 1, "all other updates: W and the body, at one rate", 60, colour="#d9e8f5")
+    arrow((34.5, 5), (37.6, 5))
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -262,4 +302,4 @@ def draw_run(config, out: Path, summary):
     if policy_file(out, "sft", config.seed).exists():
         update = closely(config, config.seed, *load_policy(config, out, "sft", config.seed))
         plot_kernel(update, out / "kernel.png")
-        plot_influence(update, out / "influence.png")
+        plot_influence(update["influence"], update["labels"], out / "influence.png")

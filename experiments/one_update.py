@@ -12,7 +12,7 @@ from minicfrl import Rollout, classifier_gradient, group_advantages, policy_grad
 from model import residuals
 from ntk import empirical_ntk, influence, logit_change
 
-SAMPLES, LR = 4, 0.02
+SAMPLES, LR, ADAM_LR = 4, 0.02, 4e-4
 
 
 def telling_group(model, task, draws):
@@ -49,10 +49,21 @@ def step(model, gradients):
     return after, update
 
 
+def adam_step(model, gradients):
+    """As `step`, by a fresh Adam at the rate of the runs."""
+    after = copy.deepcopy(model)
+    for name, parameter in after.named_parameters():
+        parameter.grad = gradients[name]
+    torch.optim.Adam(after.parameters(), ADAM_LR).step()
+    pairs = zip(model.named_parameters(), after.parameters(), strict=True)
+    return after, {name: new.detach() - old.detach() for (name, old), new in pairs}
+
+
 def closely(config, seed, task, model):
     """{name: numbers} as plain lists: everything that one_update.md and the pictures of one update show.
 
-    The update is one step of SGD on (E3), of size LR, for the four responses: on all parameters, and on W alone.
+    The update is one step of SGD on (E3), of size LR, for the four responses: on all parameters, and on W alone. Also
+    Adam's first step, on all parameters.
     """
     prompt, batch = telling_group(model, task, generator(seed, "one update"))
     advantages = group_advantages(batch.rewards)[0]  # (G,)
@@ -76,6 +87,8 @@ def closely(config, seed, task, model):
     after, update = step(model, gradients)
     after_W, _ = step(model, {"classifier.weight": by_hand})
     by_R, by_G = logit_change(model, tokens, shared, update)  # (1, V) each
+    after_adam, adam_update = adam_step(model, gradients)
+    adam_by_R, adam_by_G = logit_change(model, tokens, shared, adam_update)
     probabilities = logits.softmax(dim=1)[0]
 
     def change(dlogits):  # of probabilities, to first order
@@ -90,7 +103,7 @@ def closely(config, seed, task, model):
     some[different] = states[different]
     policies = model, after_stage_1(config, seed, task, model)
     with torch.no_grad():
-        after_both = measured(after), measured(after_W)
+        happened = [measured(policy) for policy in (after, after_W, after_adam)]
     return {
         "prompt": prompt,
         "responses": list(batch.responses),
@@ -105,8 +118,11 @@ def closely(config, seed, task, model):
         "probabilities": probabilities[patterns].tolist(),
         "by_R": change(by_R),
         "by_G": change(by_G),
-        "after": after_both[0],
-        "after_W": after_both[1],
+        "after": happened[0],
+        "after_W": happened[1],
+        "adam_by_R": change(adam_by_R),
+        "adam_by_G": change(adam_by_G),
+        "adam_after": happened[2],
         "labels": [labels(task, row, marks) for row, marks in zip(tokens, mask, strict=True)],
         "influence": [(LR / count * part).tolist() for part in teaching],
         "kernel_rows": different,

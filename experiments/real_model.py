@@ -242,7 +242,8 @@ def check_memory(config, lm, task, workers):
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-REAL_ARMS = "rl,cf-rl,control,classifier-last,fast-classifier-30x70"  # W's rates as real-tuning chose them: 200x, 70x
+FAST = "fast-classifier-30x70"  # W's rates as real-tuning chose them: 70 times plain RL's here, 200 times in stage 1
+REAL_ARMS = f"rl,cf-rl,control,classifier-last,{FAST}"
 
 
 @dataclass(frozen=True)

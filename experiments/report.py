@@ -6,25 +6,21 @@ the copy: after a change of the code, whose lines it counts.
 """
 
 import ast
-import contextlib
-import dataclasses
-import io
+import itertools
 import json
 import re
-import statistics
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
 
 from experiments import claims, figures, order, real_model, speed, tables
 from experiments.arms import EXPERIMENTS, Config, arm_named
+from experiments.measures import MOVES, moves
 from experiments.one_update import closely
 from experiments.real_model import RealConfig
-from experiments.runs import filled, load_policy, read_config, write_text
+from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
-from experiments.verdicts import judge
 from minicfrl import Addition
 
 HERE = Path(__file__).parent
@@ -90,34 +86,6 @@ def flow(shares, values, steps, dt=0.1):
         theta = theta + dt * flow_slope(theta.softmax(dim=0), values)
 
 
-def real_paired(summary):
-    """Each arm minus plain RL: over the run, at its end, and what that allows to say of the first."""
-    rows = [["arm", "accuracy over the run", "", "accuracy"]]
-    for arm in summary:
-        if arm not in ("sft", "rl"):
-            gaps = [tables.paired(summary, arm, "rl", name) for name in (tables.RUN, "accuracy")]
-            rows.append([arm, over_seeds(gaps[0], "+.3f"), judge(gaps[0]), over_seeds(gaps[1], "+.3f")])
-    return rows
-
-
-def geometry_rows(summary):
-    """How alike the features of the start are, then how far R alone points where each arm's updates do."""
-    rows = [["", "at the end of prompts", "within responses"]]
-    names = {
-        "mean cosine": "cosine",
-        "inner products that are positive": "positive",
-        "centred, root mean square": "centred",
-    }
-    for label, name in names.items():
-        form = ".0%" if name == "positive" else ".2f"
-        rows.append([label, *(over_seeds(summary["sft"][f"{name}_{where}"], form) for where in WHERE)])
-    for arm in tables.without_start(summary):
-        curves = [summary[arm]["curves"][f"agreement_{where}"] for where in WHERE]
-        means = [[statistics.fmean(seed[1:]) for seed in curve] for curve in curves]
-        rows.append([f"R and R + G, {arm}", *(over_seeds(values, ".2f") for values in means)])
-    return rows
-
-
 def sizes(results):
     """Evidence by (width, layers)."""
     each = {name: claims.Evidence(results, name) for name in results if name.startswith("size-")}
@@ -137,23 +105,23 @@ def size_table(results):
     return rows
 
 
-def reach_table(config, summary):
-    """What each part gets alone at its rate, and first in W's place: at the end, and over the run against plain RL."""
-    rows = [["part", "its rate", "alone, at the end", "first, over the run", "minus plain RL", "at the end"]]
-    alone = {arm.partition("-only")[0]: arm for arm in config.arm_list if "-only-" in arm}
-    for part, arm in alone.items():
-        first = arm.replace("classifier-only-80", "cf-rl-20").replace("-only-80", "-first-20")
-        rows.append([part, f"{arm.rpartition('x')[2]}×", over_seeds(summary[arm]["accuracy"], ".2f")])
-        if first in summary:
-            looks = len(alone) - 1
-            said = speed.OVER_THE_RUN.said(config, summary, first, "rl", looks)
-            gaps = speed.OVER_THE_RUN.gaps(config, summary, first, "rl")
-            rows[-1] += [over_seeds(summary[first][tables.RUN], ".3f"), f"{over_seeds(gaps, '+.3f')}: {said}"]
-            rows[-1].append(over_seeds(summary[first]["accuracy"], ".2f"))
-        else:
-            rows[-1] += [""] * 3
-    own = summary["rl"]
-    rows.append(["plain RL", "1×", over_seeds(own["accuracy"], ".2f"), over_seeds(own[tables.RUN], ".3f"), "", ""])
+def reach_table(*runs):
+    """What each part gets alone, at the end, and first in W's place, over the run against plain RL: from each start."""
+    config, summary = runs[0]
+    names = [arm.partition("-only")[0] for arm in config.arm_list if "-only-" in arm]
+    rows = [["part", *["rate", "alone, at the end", "first, minus plain RL, over the run"] * len(runs)]]
+    for part in names:
+        rows.append([part])
+        for config, summary in runs:
+            arm = next(arm for arm in config.arm_list if arm.startswith(f"{part}-only-"))
+            first = arm.replace("classifier-only-80", "cf-rl-20").replace("-only-80", "-first-20")
+            rows[-1] += [f"{arm.rpartition('x')[2]}×", over_seeds(summary[arm]["accuracy"], ".2f")]
+            said = ""
+            if first in summary:
+                gaps = speed.OVER_THE_RUN.gaps(config, summary, first, "rl")
+                word = speed.OVER_THE_RUN.said(config, summary, first, "rl", len(names) - 1)
+                said = f"{over_seeds(gaps, '+.3f')}: {word}"
+            rows[-1].append(said)
     return rows
 
 
@@ -168,11 +136,11 @@ VARIABILITY = {
 def constant_table(results):
     """What a constant feature does: an arm a row, the rate of W in multiples of the run's; in each setting the rise of
     top-1, accuracy and entropy."""
-    rows = [["trained", "constant", "rate of W", "mean cosine", *VARIABILITY.values()]]
+    rows = [["constant", "rate of W", "mean cosine", *VARIABILITY.values()]]
     config, first = results["variability-sgd"]
-    for arm in config.arm_list:
-        way, multiple, size = re.fullmatch(r"(.+)-40x([0-9.]+)(?:@s(.+))?", arm).groups()
-        rows.append([{"fast-classifier": "everything", "classifier-only": "W alone"}[way], size or "0", multiple])
+    for arm in (arm for arm in config.arm_list if arm.startswith("fast-classifier")):
+        multiple, size = re.fullmatch(r".+-40x([0-9.]+)(?:@s(.+))?", arm).groups()
+        rows.append([size or "0", multiple])
         rows[-1].append(over_seeds(first[arm]["cosine_continuation"], ".2f"))
         for _, summary in (results[name] for name in VARIABILITY):
             measures = (("confidence_change", "+.3f"), ("accuracy", ".2f"), ("entropy", ".2f"))
@@ -188,6 +156,13 @@ def scale_table(e):
         cells = (f"{claims.mean(e.shares_of_W(one), '.0%')}; {e.of(one, tables.RUN, '.3f')}" for one in each)
         rows.append([f"`{arm}`", *cells])
     return rows
+
+
+def accounts(results):
+    """Four ways to count what CF-RL's stage 1 costs, from both starts."""
+    (heading, *rows), (_, *others) = (order.accounting_table(*results[name]) for name in SPEEDS)
+    named = [[f"{when}{row[0]}", *row[1:]] for when, each in (("", rows), ("cannot add yet: ", others)) for row in each]
+    return markdown(heading, *named)
 
 
 WHERE = ("prompt", "continuation")
@@ -211,29 +186,34 @@ def dip_table(config, summary):
 
 REAL_COLUMNS = (
     ("accuracy", "accuracy", ".2f"),
-    ("over the run", "accuracy_over_the_run", ".2f"),
     ("entropy, fixed states", "probe_entropy", ".2f"),
     ("top-1, fixed states", "probe_confidence", ".2f"),
     ("features moved", "feature_change", ".2f"),
+    ("W moved", "W_moved", ".2%"),
+    ("body moved", "body_moved", ".3%"),
     ("sec", "train_seconds", ".0f"),
+)
+FAST = real_model.FAST
+REAL_ASKED = (
+    *((arm, "rl") for arm in ("cf-rl", "control", FAST)),
+    *(("cf-rl", base) for base in ("control", "classifier-last", FAST)),
 )
 
 
+def tuning_rows(config, summary):
+    """Mean accuracy over the run of cf-rl and of W fast throughout, at each rate of W tried."""
+    rows = [["rate of W, in multiples of plain RL's", *(f"{multiple}×" for multiple in real_model.MULTIPLES)]]
+    for way, arms in itertools.groupby(config.arm_list, lambda arm: arm.rpartition("x")[0]):
+        rows.append([f"`{way.rpartition('-')[0]}`", *(over_seeds(summary[arm][tables.RUN], ".3f") for arm in arms)])
+    return rows
+
+
 def run_output(config, summary):
-    """What the default command prints first and last: its first seed, three of the arms."""
-
-    def first(values):
-        if isinstance(values, dict):
-            return {name: first(each) for name, each in values.items()}
-        return values[:1]
-
-    config = dataclasses.replace(config, seeds=1, arms=Config.arms)
-    summary = {arm: first(summary[arm]) for arm in ("sft", *config.arm_list)}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        tables.print_tables(config, summary)
-    first_table, _, _ = printed.getvalue().strip().partition("\n\n")
-    return f"```\n{first_table}\n...\n{filled(tables.verdict(config, summary))}\n```"
+    """The first table that the default command prints: its first seed, three of the arms."""
+    arms = ("sft", *Config.arms.split(","))
+    lists = {arm: {name: row for name, row in summary[arm].items() if isinstance(row, list)} for arm in arms}
+    first = {arm: {name: row[:1] for name, row in rows.items()} for arm, rows in lists.items()}
+    return "```\n" + "\n".join(tables.lines_of(tables.table(first, tables.PRINTED))) + "\n```"
 
 
 def group_table(update):
@@ -258,71 +238,30 @@ def classifier_rows_table(update):
     return markdown(*rows) + f"\n\n|φ| = {length:.3f}, N = {N}."
 
 
-def prediction_table(update):
-    """What (E7) said of the patterns' probabilities, and what happened."""
-    rows = [["pattern", "before", "through W (R)", "through the body (G)", "together", "what happened", "with W alone"]]
-    columns = ("probabilities", "by_R", "by_G", "after", "after_W")
-    for pattern, before, by_R, by_G, after, after_W in zip(
-        Addition.patterns, *(update[name] for name in columns), strict=True
-    ):
-        changes = [f"{value:+.4f}" for value in (by_R, by_G, by_R + by_G, after, after_W)]
-        rows.append([pattern, f"{before:.4f}", *changes])
+def prediction_table(update, prefix=""):
+    """What (E7), or for Adam (E8), said of the patterns' probabilities, and what happened."""
+    rows = [["pattern", "before", "through W (R)", "through the body (G)", "together", "what happened"]]
+    columns = ["probabilities", *(f"{prefix}{name}" for name in ("by_R", "by_G", "after"))]
+    for pattern, before, by_R, by_G, after in zip(Addition.patterns, *(update[name] for name in columns), strict=True):
+        rows.append([pattern, f"{before:.4f}", *(f"{value:+.4f}" for value in (by_R, by_G, by_R + by_G, after))])
+    if not prefix:
+        rows[0].append("with W alone")
+        for row, after in zip(rows[1:], update["after_W"], strict=True):
+            row.append(f"{after:+.4f}")
     return markdown(*rows)
-
-
-def found(results):
-    """The bullets of the first screen."""
-    shown = ("speed", "speed-learning", "parts", "parts-learning", "confidence", "real")
-    fast, hard, parts, hard_parts, toy, real = (claims.Evidence(results, name) for name in shown)
-    best = order.tuned(*results["order-learning"])
-    time = speed.yardsticks(fast.config)[0]
-    again = claims.Evidence(results, "order-learning-again", looks=len(order.asked_again(best)))
-    against = best[order.CF_RL], best[order.CF_RL].replace(order.CF_RL, claims.CONTROL)
-    bullets = (
-        "**A last layer that learns faster helps.** Updates until nine of ten answers are right: plain RL "
-        f"{fast.measured(time, 'rl')}, CF-RL {fast.measured(time, 'cf-rl')}, its control "
-        f"{fast.measured(time, claims.CONTROL)}, W fast throughout with nothing frozen "
-        f"{fast.measured(time, 'fast-classifier')} ({fast.config.seeds} seeds). At plain RL's rate CF-RL is slower "
-        "than plain RL. So give the last layer a higher rate, freeze nothing, and compare.",
-        "**That it learns first, or alone, adds next to nothing.** W last in place of first, at the same budgets, at "
-        f"the end: {fast.compared(speed.END, 'cf-rl', 'classifier-last')}; from a start that cannot add yet: "
-        f"{hard.compared(speed.END, 'cf-rl', 'classifier-last')}. On {again.config.seeds} fresh seeds from "
-        f"there CF-RL against its control: up to plain RL's time "
-        f"{again.compared(speed.AREA, *against)}; over the run {again.compared(speed.OVER_THE_RUN, *against)}.",
-        "**Most of what RL does from the start that can add is a shift of a few logits.** Trained alone, a bias that "
-        f"adds the same to the logits of all states takes accuracy from {toy.of('sft', 'accuracy')} to "
-        f"{parts.alone('shift')}, W to {parts.alone('classifier')}; plain RL ends at {parts.of('rl', 'accuracy')}. "
-        f"From the start that cannot add yet: {hard_parts.alone('shift')}, {hard_parts.alone('classifier')}; "
-        f"{hard_parts.of('rl', 'accuracy')}.",
-        "**In a pretrained model, SmolLM2-135M-Instruct (4 bits, expanded to float32), nothing of this is decided.** "
-        f"Three of its ten updates rest the body, and CF-RL loses about what they cost: {real.minus('cf-rl', 'rl')}; "
-        f"with stage 1 not counted, {real.of_free()} ([more](#what-of-the-two-papers-holds-here)).",
-        "**RL makes the policy sure of itself**: the probability of its likeliest token rises from "
-        f"{toy.of('sft', 'confidence')} to {toy.of('rl', 'confidence')}.",
-        "**RL selects more than it teaches, where there is something to select.** Accuracy gained by choosing the "
-        f"best pattern more often, and by getting better at one: {toy.gains('rl')}; from a start that cannot add yet "
-        f"{toy.at('learning').gains('rl')}.",
-    )
-    return "\n".join(wrapped(f"- {text}", "  ") for text in bullets)
-
-
-def wrapped(text, indent=""):
-    """Lines of a page; a number stays on a line with its interval."""
-    text = textwrap.fill(text.replace(" ±", "~±"), 118, subsequent_indent=indent, break_on_hyphens=False)
-    return text.replace("~±", " ±")
 
 
 def sections(results, update):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
-    real = results["real"][1] | {"rl-sgd": results["real-sgd"][1]["rl-sgd"]}
+    real = results["real"][1]
     rl = [arm for arm in config.arm_list if "reward" not in arm_named(arm).rl]
     learnt = {arm: summary[arm] for arm in rl}
     count = {name: lines_of_code(ROOT / name) for name in BOOK}
     robust = {"as in `speed`": results["speed"]} | {n: r for n, r in results.items() if n.startswith("robust-")}
-    paired, learning = tables.paired_table, results["learning"]
+    learning = results["learning"]
     return {
-        "found": found(results),
+        "answer": markdown(*claims.answers(results), align="---"),
         "output": run_output(config, summary),
         "side by side": markdown(*claims.side_by_side(results), align="---"),
         "claims": markdown(*claims.rows(results), align="---"),
@@ -332,37 +271,28 @@ def sections(results, update):
         "group": group_table(update),
         "classifier rows": classifier_rows_table(update),
         "prediction": prediction_table(update),
+        "adam": prediction_table(update, "adam_"),
         "table": markdown(*tables.table(summary)),
-        "microscope": markdown(*tables.table(learnt, tables.MICROSCOPE)),
-        "paired": markdown(*paired(summary)),
-        "change": markdown(*paired(summary, "sft")),
         "learning": markdown(*tables.table(learning[1])),
-        "learning paired": markdown(*paired(learning[1])),
         "selection": markdown(*tables.table(learnt, tables.SELECTION)),
-        "learning selection": markdown(*tables.table(tables.without_start(learning[1]), tables.SELECTION)),
-        "regime-1": markdown(*tables.table(results["regime-1"][1])),
-        "regime-2": markdown(*tables.table(results["regime-2"][1])),
         "dip": dip_table(*results["regime-2"]),
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
-        "real paired": markdown(*real_paired(results["real"][1])),
+        "real arms": markdown(*speed.arms_table(*results["real"])),
+        "real compared": markdown(*speed.compared_table(*results["real"], REAL_ASKED)),
+        "real tuning": markdown(*tuning_rows(*results["real-tuning"])),
         "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
-        "real geometry": markdown(*geometry_rows(real)),
-        **{f"{name} map": markdown(*order.map_table(*results[name], speed.OVER_THE_RUN)) for name in MAPS},
-        **{f"{name} ends": markdown(*order.map_table(*results[name], speed.END)) for name in MAPS},
         **{
             f"{name} again": markdown(
                 *speed.compared_table(*results[f"{name}-again"], order.asked_again(order.tuned(*results[name])))
             )
             for name in MAPS
         },
-        **{f"{name} arms": markdown(*speed.arms_table(*results[name])) for name in SPEEDS},
         **{f"{name} compared": markdown(*speed.compared_table(*results[name])) for name in SPEEDS},
-        **{f"{name} margins": markdown(*speed.margins_table(*results[name])) for name in SPEEDS},
-        **{f"{name} accounts": markdown(*order.accounting_table(*results[name])) for name in SPEEDS},
-        **{f"{name} reached": markdown(*reach_table(*results[name])) for name in ("parts", "parts-learning")},
+        "accounts": accounts(results),
+        "parts reached": markdown(*reach_table(results["parts"], results["parts-learning"])),
         "variability": markdown(*constant_table(results)),
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
@@ -370,6 +300,7 @@ def sections(results, update):
     }
 
 
+ANSWER_TITLES = {"speed": "Toy: W that learns fast is what helps", "real": "SmolLM2: stage 1 is lost time"}
 MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
 SPEEDS = ("speed", "speed-learning")
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
@@ -415,22 +346,31 @@ def main(folders):
         if config.measures == "accuracy":
             record["summary"] = without_the_rest(record["summary"])
         if experiments[config] == "confidence":
+            for arm, row in record["summary"].items():
+                moved = [moved_in(config, out, arm, int(seed)) for seed in row["seed"]]
+                row |= {name: [each[name] for each in moved] for name in MOVES}
             record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
         stored[experiments[config]] = record
     write_text(RESULTS, json.dumps(stored) + "\n")
     results, update = load_results()
     config, summary = results["confidence"]
-    figures.plot_curves(dataclasses.replace(config, arms=Config.arms), summary, HERE / "curves.png")
+    figures.plot_answer(results, ANSWER_TITLES, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
     figures.plot_patterns(results, HERE / "patterns.png")
     figures.plot_kernel(update, HERE / "kernel.png")
-    figures.plot_influence(update, HERE / "influence.png")
+    figures.plot_influence(update["influence"], update["labels"], HERE / "influence.png")
     figures.plot_loop(HERE / "loop.png")
     figures.plot_sizes(sizes(results), HERE / "sizes.png")
     figures.plot_knobs(results, HERE / "knobs.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
     for page, text in rewritten(sections(results, update)).items():
         write_text(page, text)
+
+
+def moved_in(config, out, arm, seed):
+    """measures.moves, of a finished run's policy."""
+    (_, start), (_, model) = (load_policy(config, out, each, seed) for each in ("sft", arm))
+    return moves(model, list(start.parameters()))
 
 
 def without_the_rest(summary):

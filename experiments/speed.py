@@ -116,17 +116,6 @@ def compared_table(config, summary, pairs=ASKED, margins=1.0):
     return rows
 
 
-def margins_table(config, summary, pairs=ASKED):
-    """The first yardstick's verdicts at half the margin, the margin and twice the margin."""
-    first = yardsticks(config)[0]
-    margin = first.margin(config, summary)
-    rows = [[first.heading, *(f"margin {scale * margin:.1f}" for scale in (0.5, 1, 2))]]
-    for arm, base in pairs:
-        said = (first.said(config, summary, arm, base, len(pairs), scale) for scale in (0.5, 1, 2))
-        rows.append([f"`{arm}` − `{base}`", *said])
-    return rows
-
-
 SETTING_ASKED = (
     *((AREA, arm, "rl") for arm in ("cf-rl", "control", "fast-classifier")),
     *((AREA, "cf-rl", base) for base in ("control", "fast-classifier")),

@@ -99,14 +99,6 @@ SELECTION = (
     ("1st changed", "changed_first", ".0%"),
     ("later changed", "changed_later", ".1%"),
 )
-PAIRED = (
-    ("accuracy over the run", "accuracy_over_the_run", "+.3f"),
-    ("accuracy", "accuracy", "+.3f"),
-    ("entropy", "entropy", "+.3f"),
-    ("top-1, fixed states", "probe_confidence", "+.3f"),
-    ("pass@64", "best_of_64", "+.3f"),
-    ("answers in 64", "different_answers", "+.1f"),
-)
 
 
 def over_seeds(values, form):
@@ -150,15 +142,6 @@ def table(summary, columns=COLUMNS):
 
 def without_start(summary):
     return {name: arm for name, arm in summary.items() if name != "sft"}
-
-
-def paired_table(summary, base="rl"):
-    """Each arm minus `base`, an arm or sft, seed by seed: so what a seed's start contributes to both cancels."""
-    base, rows = summary[base], {}
-    for name, arm in summary.items():
-        if name != "sft" and arm is not base and arm["seed"] == base["seed"]:
-            rows[name] = {m: [x - y for x, y in zip(arm[m], base[m], strict=True)] for _, m, _ in PAIRED}
-    return table(rows, PAIRED)
 
 
 def sparkline(curves, top):

@@ -19,7 +19,9 @@
 from numbers import Integral
 
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -96,6 +98,17 @@ def two_rates(model, classifier_steps, lr, classifier_lr):
     optimizer = torch.optim.AdamW([{"params": classifier}, {"params": body}], weight_decay=0.0)
     settings = dict(classifier_steps=whole(classifier_steps), lr=float(lr), classifier_lr=float(classifier_lr))
     return optimizer, TwoRates(optimizer, **settings)
+
+
+def tiny_random():
+    """Something to try it on: a random Llama, a tokenizer of characters, prompts such as 4+7=, and a reward."""
+    characters = Tokenizer(models.WordLevel({c: token for token, c in enumerate("0123456789+=.")}, unk_token="."))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    sizes = dict(vocab_size=13, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=".", eos_token=".")
+    prompts = Dataset.from_list([{"prompt": f"{i}+{j}="} for i in range(10) for j in range(10)])
+    return model, tokenizer, prompts, lambda completions, **_: [float(len(set(text))) for text in completions]
 
 
 def whole(classifier_steps):

@@ -2,7 +2,7 @@
 
 Each row: file, the line's text, what replaces it, and the test file that must turn red. A mutant that survives is a
 claim nobody checks; the exit code says whether any did. With WORDs only the rows that contain them all are run. What
-is found goes to the table of tests/README.md, which also says which test killed a row last time: that is tried first.
+is found goes to the table of tests/mutants.md, which also says which test killed a row last time: that is tried first.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "tests" / "README.md"
+PAGE = ROOT / "tests" / "mutants.md"
 NEED_TRL = ("test_trl_recipe", "test_trl_microscope", "test_real_model")
 SECONDS = 120  # for the tests of a row; what hangs is as dead as what fails
 
@@ -466,7 +466,7 @@ def main(words):
 
 
 def write_table(killers, known):
-    """What each test is there for, in tests/README.md: the rows that were killed, now or when they were last run."""
+    """What each test is there for, in tests/mutants.md: the rows that were killed, now or when they were last run."""
     lines = ["| claim | mutant | killed by |", "| --- | --- | --- |"]
     for row in MUTANTS:
         file, old, new = row[0], cell(row[1]), cell(row[2])

@@ -3,7 +3,8 @@
 import pytest
 
 from experiments.arms import Config
-from experiments.claims import Evidence
+from experiments.claims import STARTS, Evidence, answers
+from experiments.speed import time_to
 
 CONFIG = Config(seeds=3, rl_steps=8, classifier_steps=4, eval_every=2)
 
@@ -34,7 +35,7 @@ def test_a_seed_whose_start_lacks_the_skill_is_left_out_and_n_says_so():
     curves = {"share_s": [[1.0, low, 1.0] for low in (0.9, 0.905, 0.91, 0.9, 1.0)]}
     sft = {"seed": [0, 1, 2, 3, 4], "success_d": [0.3, 0.31, 0.3, 0.32, 0.05]}
     e = evidence(**{"sft": sft, "rl-sgd": {"seed": [0, 1, 2, 3, 4], "curves": curves}})
-    assert e.says(e.dips("rl-sgd")) == "undecided at 5 seeds"
+    assert e.says(e.dips("rl-sgd")) == "undecided"
     assert e.skilled("d").says(e.skilled("d").dips("rl-sgd")) == "yes"
     assert (
         e.skilled("d").values("sft", "seed") == [0, 1, 2, 3]
@@ -46,14 +47,14 @@ def test_a_seed_whose_start_lacks_the_skill_is_left_out_and_n_says_so():
 def test_undecided_stays_undecided_in_the_words_of_any_claim():
     """A claim chooses its words for more, less and equal; for doubt there is one."""
     e = evidence()
-    assert e.says([0.3, -0.2, 0.1], "yes", "no", "no") == "undecided at 3 seeds"
+    assert e.says([0.3, -0.2, 0.1], "yes", "no", "no") == "undecided"
     assert e.says([0.010, 0.011, 0.010], "yes", "no", "no") == "yes, by less than 0.02"
     assert e.says([0.1, 0.11, 0.1]) == "yes" and e.says([-0.1, -0.11, -0.1]) == "no, the reverse"
 
 
 def test_ten_rows_that_are_asked_together_are_harder_to_decide():
     assert evidence().says([0.05, 0.06, 0.04]) == "yes"
-    assert evidence(looks=10).says([0.05, 0.06, 0.04]) == "undecided at 3 seeds"
+    assert evidence(looks=10).says([0.05, 0.06, 0.04]) == "undecided"
     assert evidence(looks=10).at("made up").looks == 10
 
 
@@ -72,3 +73,21 @@ def test_halves_are_judged_one_by_one_by_the_same_rule():
 def test_what_a_part_reaches_alone_is_found_whatever_its_rate():
     e = evidence(**{"norm-only-80x100": {"accuracy": [0.9, 0.9, 0.9]}, "norm-first-20x100": {"accuracy": [0.1] * 3}})
     assert e.alone("norm") == "0.90 ±0.00"
+
+
+def test_the_first_table_asks_all_of_a_column_together():
+    """Differences that three seeds would decide alone are undecided among four; the last row is about the end."""
+    accuracy, base = [0.5, 0.6, 0.7], course(*[(0, 0, 0, 0, 1)] * 3)
+    fast = course((0, 0, 1, 1, 1), (0, 0, 1, 1, 1), (0, 0, 0, 1, 1))
+    arms = {"rl": base, "cf-rl": fast, "control": fast, "fast-classifier-8x5": fast, "classifier-last": base}
+    summary = {arm: {"seed": [0, 1, 2], "accuracy": accuracy, **row} for arm, row in arms.items()}
+    rows = list(answers(dict.fromkeys(STARTS, (CONFIG, summary))))
+    assert [len(row) for row in rows] == [4] * 6 and rows[0][1:] == [f"{title}, 3 seeds" for title in STARTS.values()]
+    assert rows[1][1] == "8.0 ±0.0" and rows[2][1] == "4.7 ±2.9, undecided" and rows[5][1] == "equal"
+    assert evidence(**summary).compared(time_to(0.9), "fast-classifier", "rl") == "faster"
+
+
+def test_an_arm_is_found_by_its_name_or_as_the_cell_that_runs_throughout():
+    e = evidence(**{"cf-rl-4x5": {}, "cf-rl": {}, "fast-classifier-8x70": {}})
+    assert e.arm("cf-rl") == "cf-rl" and e.arm("fast-classifier") == "fast-classifier-8x70"
+    assert evidence(**{"fast-classifier": {}}).arm("fast-classifier") == "fast-classifier"

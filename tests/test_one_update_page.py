@@ -49,6 +49,22 @@ NUMBERS = ("by_R", "by_G", "after", "after_W")
 
 @settings(max_examples=5)
 @given(seed=seeds)
+def test_adam_s_step_is_foretold_too_and_is_a_sign(seed):
+    """Half the rate, a quarter of the difference between what (E8) says and what happened. The first step is the rate
+    times the gradient's sign, up to Adam's epsilon: doubling the rate doubles what is foretold."""
+    differences, foretold = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        for lr in (2e-5, 1e-5):
+            patch.setattr(one_update, "ADAM_LR", lr)
+            update = {name: torch.tensor(each) for name, each in example(seed).items() if name.startswith("adam_")}
+            foretold.append(update["adam_by_R"] + update["adam_by_G"])
+            differences.append((update["adam_after"] - foretold[-1]).norm())
+    torch.testing.assert_close(foretold[0], 2 * foretold[1], rtol=1e-6, atol=1e-12)
+    assert 3.5 < differences[0] / differences[1] < 4.5 or differences[0] < 1e-12
+
+
+@settings(max_examples=5)
+@given(seed=seeds)
 def test_the_pattern_tokens_columns_of_influence_are_the_prediction(seed):
     """Summed over teachers, times pi, the column of a response's first token is the predicted change of its pattern's
     probability: two ways to (E7), by inner products of gradients and by one forward-mode derivative."""
@@ -107,6 +123,9 @@ def test_the_example_on_the_page_obeys_the_equations():
         assert abs(push) * update["feature_norm"] / update["tokens"] == pytest.approx(by_hand, rel=0.01)
     for by_R, by_G, after, after_W in zip(*(update[name] for name in NUMBERS), strict=True):
         assert math.isclose(by_R + by_G, after, rel_tol=0.1) and math.isclose(by_R, after_W, rel_tol=0.1)
+    for by_R, by_G in zip(update["adam_by_R"], update["adam_by_G"], strict=True):
+        assert abs(by_R) < abs(by_G)  # as the page says, and not so for SGD
+    assert all(abs(by_R) > abs(by_G) for by_R, by_G in zip(update["by_R"], update["by_G"], strict=True))
     assert len(set(update["responses"])) == 3 and update["kernel_rows"] == [0, 1, 3]
     verdicts = [Addition().verify(update["prompt"], response) for response in update["responses"]]
     assert verdicts == update["rewards"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import minicfrl
-from experiments import real_model
+from experiments import claims, real_model
 from experiments.arms import EXPERIMENTS, Config, generator, train_as
-from experiments.measures import evaluate, make_probe
+from experiments.measures import MOVES, evaluate, make_probe
 from experiments.report import PAGES, load_results, rewritten, sections
 from model import GPT, GPTConfig
 
@@ -23,7 +23,7 @@ def tags(text):
 
 
 def test_every_equation_of_the_pages_has_its_line_of_code_and_the_other_way_round():
-    """The README's are the book's; the laboratory's own are in the results."""
+    """The README names the book's; the laboratory's own is in the results. Each is defined once."""
     book = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "minicfrl.py", "ntk.py"))
     implemented = tags("".join(re.findall(r"# .*?\(E\d+\)|\(E\d+\)$", book, re.MULTILINE)))
     assert tags(README) == tags(book) == implemented
@@ -41,8 +41,10 @@ def test_the_numbers_of_the_pages_are_those_that_the_report_writes():
 
 def test_the_readme_is_a_page_and_the_book_is_short():
     """Limits that this project has set itself: lines of the README, and of the code that a reader is asked to read."""
-    assert README.count("\n") <= 220
-    counts = [int(n) for n in re.findall(r"(?:are|py) (\d+)", README[README.index("The four files are") :])][:5]
+    assert README.count("\n") <= 150 and RESULTS.count("\n") <= 650 and README.count("±") <= 30
+    for row in re.findall(r"^\| (.*) \|$", README, re.MULTILINE):
+        assert all(len(cell.split()) <= 14 for cell in row.split(" | ") if " = " not in cell), row
+    counts = [int(n) for n in re.findall(r"(?:are|py) (\d+)", RESULTS[RESULTS.index("The four files are") :])][:5]
     assert counts[0] == sum(counts[1:]) <= 700 and counts[4] <= 80
 
 
@@ -86,9 +88,10 @@ def test_the_smallest_row_of_the_results_comes_out_again():
 
 def test_the_results_explain_every_column_of_the_metrics():
     _, summary = load_results()[0]["confidence"]
-    not_columns = {"curves", "stages", "accuracy_over_the_run", "updates_to_threshold"}
+    not_columns = {*MOVES, "curves", "stages", "accuracy_over_the_run", "updates_to_threshold"}
     columns = set(summary["rl"]) - not_columns
-    explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", RESULTS, re.MULTILINE) for name in line.split(", ")}
+    page = (ROOT / "experiments" / "columns.md").read_text(encoding="utf-8")
+    explained = {name for line in re.findall(r"^\| ([a-z].*?) \|", page, re.MULTILINE) for name in line.split(", ")}
     assert columns <= explained
 
 
@@ -106,3 +109,8 @@ def test_the_results_are_the_experiments_with_their_defaults():
     config, _ = results["confidence"]
     assert config == Config(seeds=config.seeds, arms=config.arms)
     assert minicfrl.RLConfig() == config.rl("cf-rl")
+
+
+def test_a_verdict_on_a_claim_is_short():
+    said = [row[1] for row in claims.rows(load_results()[0])]
+    assert len(said) > 12 and max(len(verdict.split()) for verdict in said) <= 6

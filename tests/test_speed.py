@@ -11,7 +11,6 @@ from experiments.speed import (
     areas,
     arms_table,
     compared_table,
-    margins_table,
     robust_table,
     time_margin,
     time_to,
@@ -99,14 +98,6 @@ def test_a_start_that_cannot_add_yet_is_timed_to_two_thresholds():
     heading = [each.heading for each in yardsticks(Config(threshold=0.3))]
     assert heading[:2] == ["updates to 0.3", "updates to 0.5"] and len(heading) == 5
     assert [each.heading for each in yardsticks(Config())][0] == "updates to 0.9" and len(yardsticks(Config())) == 4
-
-
-def test_the_margins_table_asks_at_half_and_twice_the_margin():
-    """Plain RL takes 10 updates, the others 5, which is beyond any of them."""
-    summary = everything(rl=arm(*[0.05] * 10))
-    rows = margins_table(CONFIG, summary)
-    assert rows[0] == ["updates to 0.5", "margin 0.5", "margin 1.0", "margin 2.0"]
-    assert len(rows) == 1 + len(ASKED) and rows[1][1:] == ["faster"] * 3
 
 
 def test_every_arm_is_a_row_with_every_yardstick():

@@ -18,11 +18,8 @@ def test_intervals_are_student_s_and_differences_are_paired_by_seed():
     """Three values 1, 2, 3: the mean's standard error is 1/sqrt(3), Student's t with 2 degrees of freedom 4.30."""
     assert tables.cell({"x": [1.0, 2.0, 3.0]}, "x", ".2f") == "2.00 ±2.48"
     assert tables.cell({"x": [0.0, 1.0] * 50}, "x", ".3f") == "0.500 ±0.100"  # 1.984 x 0.5025 / 10
-    names = [name for _, name, _ in tables.PAIRED]
-    summary = {"sft": {}, "rl": {"seed": [0, 1]} | dict.fromkeys(names, [1.0, 5.0])}
-    summary |= {"cf-rl": {"seed": [0, 1]} | dict.fromkeys(names, [2.0, 6.0]), "kl": {"seed": [0]}}
-    heading, row = tables.paired_table(summary)
-    assert row == ["cf-rl"] + ["+1.000 ±0.000"] * 5 + ["+1.0 ±0.0"] and len(heading) == 7
+    summary = {"rl": {"seed": [0, 1], "x": [1.0, 5.0]}, "cf-rl": {"seed": [1, 0, 2], "x": [6.0, 2.0, 9.0]}}
+    assert tables.paired(summary, "cf-rl", "rl", "x") == [1.0, 1.0]
 
 
 def test_the_factor_of_an_interval_is_the_quantile_of_student_s_t():
@@ -64,8 +61,7 @@ def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
         for seed, number in enumerate(numbers):
             policy_file(tmp_path, arm, seed).write_bytes(b"")
             for step in [0] if arm == "sft" else [4, 8]:
-                measured = {name for _, name, _ in tables.PAIRED if name != "accuracy_over_the_run"}
-                row = dict.fromkeys((*tables.CURVES, *NEVER_NAN, *measured, *ENDS), number)
+                row = dict.fromkeys((*tables.CURVES, *NEVER_NAN, "best_of_64", *ENDS), number)
                 row |= {name: math.nan for name in ("best_of_64", "kernel_R") if step == 4}
                 row = {name: value + 10 * step for name, value in row.items()}
                 append_row(rows_file(tmp_path, arm, seed), {**row, "arm": arm, "seed": seed, "step": step})
@@ -78,10 +74,10 @@ def test_a_difference_is_of_one_seed_at_the_last_row(tmp_path):
         [x, 40 + y, 80 + y] for x, y in zip(own["sft"], own["rl"], strict=True)
     ]
     assert summary["rl"]["stages"]["step"] == [[0, 4, 8]] * 3
-    heading, row = tables.paired_table(summary)
     # -0.5, 5.5 and -2 have the mean 1 and the standard deviation sqrt(15.75): 4.303 x 3.969 / sqrt(3) = 9.86.
-    assert row[:2] == ["cf-rl", "+1.000 ±9.859"] and set(row[1:6]) == {"+1.000 ±9.859"} and row[6] == "+1.0 ±9.9"
-    assert tables.paired_table(summary, "cf-rl")[1][:2] == ["rl", "-1.000 ±9.859"]
+    for name in ("entropy", tables.RUN):
+        assert tables.over_seeds(tables.paired(summary, "cf-rl", "rl", name), "+.3f") == "+1.000 ±9.859"
+    assert tables.paired(summary, "rl", "kl-1", "entropy") == [5.0, 1.0]
 
 
 def test_the_summary_takes_the_first_crossing_and_counts_stopped_seeds_as_never(tmp_path):

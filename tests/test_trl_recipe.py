@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,15 +250,16 @@ def test_the_classifier_can_have_its_own_learning_rate(tmp_path):
     assert watch.moved() == STAGES
 
 
-def test_the_readme_s_own_call_trains_and_a_second_train_is_refused(tmp_path):
-    """With two updates of stage 1 in place of its twenty."""
-    names = {"ClassifierFirst": ClassifierFirst, "two_rates": two_rates, "reward": reward, "prompts": prompts()}
-    names |= {"model": tiny("gpt2"), "config": config(tmp_path)}
-    names["GRPOTrainer"] = partial(GRPOTrainer, processing_class=character_tokenizer(ALPHABET, END))
-    exec(USAGE.replace("classifier_steps=20", "classifier_steps=2"), names)
-    assert names["trainer"].state.global_step == 5
+def test_the_readme_s_block_runs_as_it_stands_and_a_second_train_is_refused(tmp_path, monkeypatch):
+    """To the letter, in a folder of its own; its model is tied until the block's own line unties it."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(USAGE, names)
+    assert names["trainer"].state.global_step == 5 and names["first"].classifier_steps == 2
     with pytest.raises(ValueError, match=r"the optimiser has a state before the first update, from a train\(\) before"):
         names["trainer"].train()
+    with pytest.raises(ValueError, match="the classifier is tied to model.embed_tokens"):
+        exec(USAGE.replace("model.lm_head.weight =", "unused ="), {})
 
 
 def without_output_embeddings(model):

@@ -1,6 +1,6 @@
 """What does one update do to the right responses, and does R alone say it? Asked of SmolLM2, group by group.
 
-    python -m experiments.predictors OUT.json [--quick]      # needs the extra `real` and the model; about ten minutes
+    python -m experiments.predictors OUT.json      # needs the extra `real` and the model; about ten minutes
 
 The protocol is that of Deng et al. (arXiv 2505.18830): groups with right and wrong responses; one update on a group;
 the change of log pi of its right responses; the parameters put back. A predictor sees the policy before the update
@@ -10,15 +10,16 @@ Also here: how much of the first effect of an update is R's, and who teaches who
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from experiments import cli
 from experiments.arms import generator, train_as
-from experiments.real_model import QUICK, RealConfig, load
+from experiments.real_model import RealConfig, load
 from experiments.runs import write_text
-from minicfrl import OPTIMIZERS, Stage, _optimizer, group_advantages, rollout, sequence_logp
+from minicfrl import Stage, _optimizer, group_advantages, rollout, sequence_logp
 from model import check
 from ntk import influence
 
@@ -91,6 +92,7 @@ def mixed_groups(model, task, draws):
 def shares_of_R(model, batch, advantages):
     """{optimiser: R's share} of the first effect of its step on what it ascends, <gradient, step>: for SGD this is
     |gradient|^2; for Adam's first step, which moves all parameters alike, the sum of |gradient|."""
+    check(advantages.any(), "no response of the batch has an advantage")
     parts, shares = gradients(model, (advantages * log_pi(model, batch)).sum()), {}
     for kind, direction in DIRECTIONS.items():
         R, G = (inner(part, map(direction, part)) for part in parts)
@@ -98,14 +100,17 @@ def shares_of_R(model, batch, advantages):
     return shares
 
 
+def batch_of(model, task, config, draws):
+    """A batch as RL draws it, and its advantages (R,)."""
+    pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=draws)].tolist()
+    batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs], config.samples, draws)
+    return batch, group_advantages(batch.rewards).flatten()
+
+
 def shares_over_batches(model, task, config, draws):
     """{optimiser: [R's share in each of some batches of RL]}."""
-    rows = []
-    for _ in range(BATCHES):
-        pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=draws)].tolist()
-        batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs], config.samples, draws)
-        rows.append(shares_of_R(model, batch, group_advantages(batch.rewards).flatten()))
-    return {kind: [row[kind] for row in rows] for kind in OPTIMIZERS}
+    rows = [shares_of_R(model, *batch_of(model, task, config, draws)) for _ in range(BATCHES)]
+    return {kind: [row[kind] for row in rows] for kind in RATES}
 
 
 def taught(model, task, batch, advantages):
@@ -128,24 +133,36 @@ def overlap(x, y, top=10):
     return len(least[0] & least[1])
 
 
-def main(out, *flags):
-    torch.set_num_threads(1)
-    config = RealConfig(**QUICK if "--quick" in flags else {})
-    model, task = load(config)
-    draws, record = generator(0, "predictors"), {"made_of": config.made_of()}
-    groups = mixed_groups(model, task, draws)
-    first = next(groups)
-    record["group"] = taught(model, task, *first[:2])
-    rows = [ask(model, *first, RATES)]
-    rows += [ask(model, *group, RATES) for _, group in zip(range(GROUPS - 1), groups, strict=False)]
-    check(len(rows) == GROUPS, f"only {len(rows)} groups are mixed, not {GROUPS}")
-    record["groups"] = {", ".join(of): [row[of] for row in rows] for of in rows[0]}
-    record["shares"] = {"start": shares_over_batches(model, task, config, draws)}
-    for _ in train_as("rl", config, 0, task, model):
+def found(config, model, task):
+    """All that is asked here, as plain lists: one group, all groups, R's shares at the start and after plain RL."""
+    draws, rows = generator(0, "predictors"), []
+    for batch, advantages, right in tqdm(mixed_groups(model, task, draws), total=GROUPS, disable=None):
+        if not rows:
+            group = taught(model, task, batch, advantages)
+        rows.append(ask(model, batch, advantages, right, RATES))
+        if len(rows) == GROUPS:
+            break
+    check(len(rows) == GROUPS, f"only {len(rows)} groups have right and wrong responses, not {GROUPS}")
+    shares = {"start": shares_over_batches(model, task, config, draws)}
+    for _ in tqdm(train_as("rl", config, 0, task, model), total=config.rl_steps, disable=None):
         pass
-    record["shares"]["end"] = shares_over_batches(model, task, config, draws)
-    write_text(Path(out), json.dumps(record) + "\n")
+    shares["end"] = shares_over_batches(model, task, config, draws)
+    return {"group": group, "groups": {", ".join(of): [row[of] for row in rows] for of in rows[0]}, "shares": shares}
+
+
+def main(argv=None):
+    """The command line: a file to write, as --help says. Bad arguments end in one sentence, with exit code 2."""
+    parser = cli.Parser("predictors", description=__doc__, formatter_class=cli.Help)
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="the file to write; it is whole or not there")
+    out, config = parser.parse_args(argv).out, RealConfig()
+    torch.set_num_threads(1)
+    try:
+        check(out.parent.is_dir(), f"{out.parent} is no folder to write {out.name} in")
+        model, task = load(config)
+    except ValueError as error:
+        parser.error(str(error))
+    write_text(out, json.dumps({"made_of": config.made_of()} | found(config, model, task)) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -8,6 +8,7 @@ the copy: after a change of the code, whose lines it counts.
 import ast
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 
 from experiments import claims, figures, order, real_model, speed, tables
-from experiments.arms import EXPERIMENTS, Config, arm_named
+from experiments.arms import EXPERIMENTS, Config, arm_named, generator
 from experiments.measures import MOVES, moves
 from experiments.one_update import closely
+from experiments.predictors import RATES, SAMPLES, batch_of, overlap, rank_correlation, shares_of_R
 from experiments.real_model import RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
@@ -216,6 +218,38 @@ def run_output(config, summary):
     return "```\n" + "\n".join(tables.lines_of(tables.table(first, tables.PRINTED))) + "\n```"
 
 
+PREDICTORS = ("R + G", "R alone", "hidden states")
+
+
+def predictor_rows(found):
+    """How well each predictor ranks the groups by what one step did: rank correlation, and the ten helped least."""
+    rows, groups = (
+        [["predictor", *(f"{kind}: {what}" for kind in RATES for what in ("rank", "least ten"))]],
+        found["groups"],
+    )
+    for what in PREDICTORS:
+        rows.append([what])
+        for kind in RATES:
+            pair = groups[f"{kind}, {what}"], groups[f"{kind}, measured"]
+            rows[-1] += [rank_interval(*pair), f"{overlap(*pair)} of 10"]
+    return [*rows, ["chance", *["0", f"{100 / len(pair[0]):.1f} of 10"] * len(RATES)]]
+
+
+def rank_interval(x, y):
+    """The rank correlation with its 95% interval, by Fisher's transformation: over groups, not over seeds."""
+    r, half = rank_correlation(x, y), 1.96 / math.sqrt(len(x) - 3)
+    low, high = (math.tanh(math.atanh(min(r, 1 - 1e-9)) + sign * half) for sign in (-1, 1))
+    return f"{r:.2f} ({low:.2f} to {high:.2f})"
+
+
+def share_rows(found):
+    """R's share of the first effect of a step, in the toy over seeds and in SmolLM2 over batches."""
+    rows = [["R's share of a step's effect", *(f"{kind}, {when}" for kind in RATES for when in ("start", "end"))]]
+    for name, shares in {"toy": found["toy"], "SmolLM2": found["shares"]}.items():
+        rows.append([name, *(over_seeds(shares[when][kind], ".1%") for kind in RATES for when in ("start", "end"))])
+    return rows
+
+
 def group_table(update):
     """The four responses: reward, advantage (E2), and e_y - pi at the three patterns, at the end of the prompt."""
     rows = [["response", "reward", "advantage", *(f"e_y − π at {pattern}" for pattern in Addition.patterns)]]
@@ -251,7 +285,7 @@ def prediction_table(update, prefix=""):
     return markdown(*rows)
 
 
-def sections(results, update):
+def sections(results, update, found):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
     real = results["real"][1]
@@ -268,6 +302,8 @@ def sections(results, update):
         "size": f"The four files are {sum(count.values())} lines of code, comments, docstrings and blanks aside: "
         + ", ".join(f"{name} {lines}" for name, lines in count.items())
         + ".",
+        "predictors": markdown(*predictor_rows(found)),
+        "shares": markdown(*share_rows(found)),
         "group": group_table(update),
         "classifier rows": classifier_rows_table(update),
         "prediction": prediction_table(update),
@@ -320,11 +356,13 @@ def rewritten(texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}, and one update of the first one's starting policy, looked at closely."""
+    """{experiment: (its Config, its summary)}; one update of the first one's starting policy, looked at closely; and
+    what predictors.py found, with R's shares in the toy."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = runs.pop("predictors") | {"toy": runs["confidence"]["shares"]}
     kinds = {name: RealConfig if name in real_model.EXPERIMENTS else Config for name in runs}
     results = {name: (kinds[name](**run["config"]), run["summary"]) for name, run in runs.items()}
-    return results, runs["confidence"]["update"]
+    return results, runs["confidence"]["update"], found
 
 
 def main(folders):
@@ -334,6 +372,9 @@ def main(folders):
     experiments = {Config(**flags): name for name, flags in EXPERIMENTS.items()}
     experiments |= {RealConfig(**flags): name for name, flags in real_model.EXPERIMENTS.items()}
     for out in map(Path, folders):
+        if out.suffix == ".json":
+            stored["predictors"] = rounded(json.loads(out.read_text(encoding="utf-8")))
+            continue
         if not (out / "summary.json").exists():
             sys.exit(f"{out} is not the folder of a finished run")
         try:
@@ -349,11 +390,13 @@ def main(folders):
             for arm, row in record["summary"].items():
                 moved = [moved_in(config, out, arm, int(seed)) for seed in row["seed"]]
                 row |= {name: [each[name] for each in moved] for name in MOVES}
+            record["shares"] = {
+                when: shares_in(config, out, arm) for when, arm in {"start": "sft", "end": "rl"}.items()
+            }
             record["update"] = rounded(closely(config, config.seed, *load_policy(config, out, "sft", config.seed)))
         stored[experiments[config]] = record
     write_text(RESULTS, json.dumps(stored) + "\n")
-    results, update = load_results()
-    config, summary = results["confidence"]
+    results, update, found = load_results()
     figures.plot_answer(results, ANSWER_TITLES, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
     figures.plot_patterns(results, HERE / "patterns.png")
@@ -363,7 +406,11 @@ def main(folders):
     figures.plot_sizes(sizes(results), HERE / "sizes.png")
     figures.plot_knobs(results, HERE / "knobs.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
-    for page, text in rewritten(sections(results, update)).items():
+    group = found["group"]
+    labels = [[t for t, of in zip(group["tokens"], group["rows"], strict=True) if of == row] for row in range(SAMPLES)]
+    parts = [[[RATES["sgd"] * value for value in row] for row in group[part]] for part in "RG"]
+    figures.plot_influence(parts, labels, HERE / "real_influence.png")
+    for page, text in rewritten(sections(results, update, found)).items():
         write_text(page, text)
 
 
@@ -371,6 +418,15 @@ def moved_in(config, out, arm, seed):
     """measures.moves, of a finished run's policy."""
     (_, start), (_, model) = (load_policy(config, out, each, seed) for each in ("sft", arm))
     return moves(model, list(start.parameters()))
+
+
+def shares_in(config, out, arm):
+    """predictors.shares_of_R in a batch of each seed's policy."""
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        task, model = load_policy(config, out, arm, seed)
+        rows.append(shares_of_R(model, *batch_of(model, task, config, generator(seed, "predictors"))))
+    return {kind: [row[kind] for row in rows] for kind in RATES}
 
 
 def without_the_rest(summary):

@@ -14,9 +14,18 @@ with warnings.catch_warnings():
 
 from tiny import generator  # noqa: E402  after the check that it is there
 
+from experiments import predictors  # noqa: E402
 from experiments.any_model import Body, Policy, untied  # noqa: E402
-from experiments.predictors import ask, overlap, rank_correlation, shares_of_R, taught  # noqa: E402
-from experiments.real_model import CausalLM, Sums  # noqa: E402
+from experiments.predictors import (  # noqa: E402
+    SAMPLES,
+    ask,
+    mixed_groups,
+    overlap,
+    rank_correlation,
+    shares_of_R,
+    taught,
+)
+from experiments.real_model import QUICK, CausalLM, RealConfig, Sums  # noqa: E402
 from minicfrl import Rollout, group_advantages, policy_gradient_loss, sequence_logp  # noqa: E402
 from ntk import influence  # noqa: E402
 
@@ -142,6 +151,36 @@ def test_the_predictors_are_the_sums_of_who_teaches_whom(in_double):
     assert seen["tokens"][:3] == ["5", "3", "\n"]
 
 
+def test_hidden_states_alone_leave_the_residuals_out(in_double):
+    model, batch, advantages, right = group()
+    phi, of = model.features(batch.tokens).detach(), batch.state_mask
+    by_hand = sum(
+        advantages[i] * (phi[j, t] @ phi[i, s]) / right.sum()
+        for i, s in of.nonzero().tolist()
+        for j, t in of.nonzero().tolist()
+        if right[j]
+    )
+    said = ask(model, batch, advantages, right, {"sgd": 1e-6})["sgd", "hidden states"]
+    assert said == pytest.approx(by_hand.item(), rel=1e-9)
+
+
+class Lucky(Sums):
+    """Rewards responses of two tokens, so that a policy that knows nothing is sometimes right."""
+
+    def verify(self, prompt, response):
+        return float(len(response) == 1)
+
+
+def test_only_groups_with_right_and_wrong_responses_are_asked():
+    task = Lucky(TASK.encode, TASK.decode)
+    model = CausalLM(KINDS["Llama"]().eval().float(), task.shared, task.end_token)
+    seen = list(zip(range(5), mixed_groups(model, task, generator(0)), strict=False))
+    assert len(seen) == 5
+    for _, (batch, advantages, right) in seen:
+        assert 0 < right.sum() < len(right) == SAMPLES == len(batch.responses)
+        assert (advantages[right] > 0).all() and (advantages[~right] < 0).all()
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_what_is_measured_tends_to_what_R_and_G_say_and_the_parameters_are_put_back(kind, in_double):
     model, batch, advantages, right = group()
@@ -164,7 +203,37 @@ def test_R_s_share_is_that_of_W_in_the_squared_gradient_or_in_its_absolute_value
     assert shares["adam"] == pytest.approx((W.abs().sum() / (W.abs().sum() + sizes)).item())
 
 
+def test_a_batch_without_advantage_has_no_share(in_double):
+    model, batch, advantages, _ = group()
+    with pytest.raises(ValueError, match="no response of the batch has an advantage"):
+        shares_of_R(model, batch, 0 * advantages)
+
+
 def test_ranks_and_overlaps():
     assert rank_correlation([1.0, 2.0, 9.0], [-5.0, 0.0, 0.1]) == pytest.approx(1)
     assert rank_correlation([1.0, 2.0, 9.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
     assert overlap([1.0, 2.0, 3.0, 4.0], [1.0, 9.0, 2.0, 8.0], top=2) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["/nowhere/at/all/out.json"], ["a.json", "b.json"]])
+def test_a_bad_command_line_ends_in_one_sentence(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        predictors.main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+
+
+def test_all_that_is_found_is_asked_of_as_many_groups(monkeypatch, in_double):
+    """On a tiny policy, some groups and one update: a number for each predictor and group, shares between 0 and 1."""
+    monkeypatch.setattr(predictors, "GROUPS", 3)
+    monkeypatch.setattr(predictors, "BATCHES", 2)
+    task = Lucky(TASK.encode, TASK.decode)
+    model = CausalLM(KINDS["Llama"]().eval().double(), task.shared, task.end_token)
+    found = predictors.found(RealConfig(**QUICK | {"rl_steps": 1, "prompts": 16, "samples": 8}), model, task)
+    assert {len(numbers) for numbers in found["groups"].values()} == {3} and len(found["groups"]) == 8
+    for shares in found["shares"].values():
+        assert all(len(values) == 2 and all(0 < value < 1 for value in values) for values in shares.values())
+    monkeypatch.setattr(predictors, "GROUPS", 10**6)
+    task.train_pairs = task.train_pairs[:4]
+    with pytest.raises(ValueError, match="groups have right and wrong responses, not 1000000"):
+        predictors.found(RealConfig(**QUICK), model, task)

@@ -91,3 +91,11 @@ def test_an_arm_is_found_by_its_name_or_as_the_cell_that_runs_throughout():
     e = evidence(**{"cf-rl-4x5": {}, "cf-rl": {}, "fast-classifier-8x70": {}})
     assert e.arm("cf-rl") == "cf-rl" and e.arm("fast-classifier") == "fast-classifier-8x70"
     assert evidence(**{"fast-classifier": {}}).arm("fast-classifier") == "fast-classifier"
+
+
+def test_the_marks_of_linear_probing_are_there_only_if_all_four_are():
+    rows = {name: {"classifier_norm": [size, size + 0.1, size], "feature_change": [1 - size, 1.1 - size, 1 - size]}
+            for name, size in {"rl": 0.1, "ft": 0.1, "cf-rl": 0.5, "lp-ft": 0.5}.items()}  # fmt: skip
+    assert evidence(**rows).same_marks()
+    rows["lp-ft"] = rows["lp-ft"] | {"feature_change": [0.2, 1.5, 1.0]}
+    assert not evidence(**rows).same_marks()

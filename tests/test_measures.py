@@ -24,6 +24,7 @@ from experiments.measures import (
     examine,
     kernel_row,
     make_probe,
+    moves,
     pass_at_k,
     start_probe,
 )
@@ -370,3 +371,17 @@ def test_the_kernel_s_columns_are_what_the_readme_says():
         assert row[f"cosine_{kind}"] == pytest.approx(sum(cosines) / len(pairs))
         assert row[f"positive_{kind}"] == pytest.approx(sum(c > 0 for c in cosines) / len(pairs))
         assert row[f"centred_{kind}"] == pytest.approx((sum(c * c for c in centred) / len(pairs)) ** 0.5)
+
+
+def test_moves_are_distances_in_parts_of_the_norms_at_the_start():
+    """W doubled has moved by its own norm, and a body at rest by nothing; then the other way round, by a tenth."""
+    model = tiny_gpt(0)
+    start = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.classifier.weight *= 2
+    assert moves(model, start) == {"W_moved": pytest.approx(1.0), "body_moved": 0.0}
+    with torch.no_grad():
+        model.classifier.weight /= 2
+        for p in model.body.parameters():
+            p *= 1.1
+    assert moves(model, start) == {"W_moved": 0.0, "body_moved": pytest.approx(0.1)}

@@ -1,8 +1,10 @@
 """The real model's run, on tiny random models: the book's loop sees them rightly, and what cannot work is refused."""
 
+import hashlib
 import importlib.util
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from tiny import generator  # noqa: E402  after the check that it is there
 from tiny_runs import rows_without_seconds  # noqa: E402
 
 from experiments import real_model  # noqa: E402
-from experiments.arms import coin_flips  # noqa: E402
+from experiments.arms import Config, coin_flips  # noqa: E402
 from experiments.real_model import CausalLM, RealConfig, Sums, load, success  # noqa: E402
 from experiments.runs import Watch  # noqa: E402
 from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
@@ -307,8 +309,53 @@ def test_a_run_that_looks_less_often_is_whole_too(every, tmp_path):
 def test_a_checkpoint_in_a_folder_is_loaded_and_untied(tmp_path):
     """Saved by transformers with a tied classifier and a tokenizer of characters; its logits are the model's own."""
     lm = KINDS["llama"](tie_word_embeddings=True)
-    model, task = load(RealConfig(model=str(saved(lm, tmp_path))))
+    config = RealConfig(model=str(saved(lm, tmp_path)))
+    model, task = load(config)
     tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
     own = lm(tokens).logits[:, task.shared[-1] - 1 :]
     torch.testing.assert_close(model(tokens), own, rtol=1e-4, atol=1e-5)
     assert model.classifier.weight.data_ptr() != model.body.base.get_input_embeddings().weight.data_ptr()
+    content = (tmp_path / "model.safetensors").read_bytes()  # what the record says that the run is made of
+    made_of = {"model.safetensors": hashlib.sha256(content).hexdigest(), "transformers": transformers.__version__}
+    assert made_of.items() <= config.made_of().items()
+
+
+OTHERS = {
+    "Mistral": {"num_key_value_heads": 1},
+    "Qwen2": {"num_key_value_heads": 1},
+    "Qwen3": {"num_key_value_heads": 1, "head_dim": 8},
+    "Phi3": {"num_key_value_heads": 1, "pad_token_id": 0},
+    "Olmo2": {"num_key_value_heads": 1},
+    "Gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "StableLm": {"num_key_value_heads": 1},
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    "Bloom": {},
+    "Falcon": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_ten_other_architectures_are_read_once_as_well(kind):
+    """What `--model` needs of a checkpoint: faithful compares with the model's own plain pass, and refuses others."""
+    torch.manual_seed(0)
+    lm = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES, **OTHERS[kind]))
+    model = real_model.faithful(lm.eval(), TASK)
+    torch.testing.assert_close(*(sequence_logp(m, sampled(model).tokens)[:, TASK.shared[-1] - 1 :][:, :1]
+                                 for m in (model, model.plain())), rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+def test_an_offset_is_a_part_of_one_arm_alone(tmp_path):
+    """It starts at 0, moves all features alike, and is no parameter of any other arm."""
+    config = RealConfig(**real_model.QUICK | {"arms": "offset-only-2x1000,rl", "rl_steps": 2, "seeds": 1})
+    (tmp_path / "parts").mkdir()
+    seen, load_real = {}, real_model.load
+    for arm in config.arm_list:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(real_model, "load", lambda c, arm=arm: seen.setdefault(arm, load_real(c)))
+            patch.setattr(RealConfig, "rl", lambda self, name: replace(Config.rl(self, name), reward=coin_flips))
+            real_model.train(config, tmp_path, 0, arm, tqdm(disable=True))
+    named = {arm: dict(model.named_parameters()) for arm, (model, _) in seen.items()}
+    assert set(named["offset-only-2x1000"]) - set(named["rl"]) == {"body.offset"}
+    assert named["offset-only-2x1000"]["body.offset"].abs().max() > 1e-3
+    row = rows_without_seconds(tmp_path / "parts" / "offset-only-2x1000-seed0.csv")[-1]
+    assert float(row["W_moved"]) == 0 < float(row["feature_change"])

@@ -295,7 +295,8 @@ def _gradient_products(body, block, states, states2=None):
 
 
 def _misfit(body):
-    unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m)]
+    odd = {m for m in body.modules() if isinstance(m, nn.Embedding) and type(m) is not nn.Embedding}  # it may scale
+    unknown = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if not _is_known(m) or m in odd]
     reason = ", ".join(unknown) or "one is shared, hooked or not what it seems"
     return f"the body is not all linear layers, embeddings and norms, each used once ({reason})"
 
@@ -308,11 +309,9 @@ def _chunks(tokens, mask, C, block):
 
 
 def _is_known(module):
-    """Whether it has a weight matrix and at most a bias, or vectors alone, or nothing, for parameters of its own; and
-    is, if an embedding, a plain one, which does not scale what it looks up."""
+    """Whether it has a weight matrix and at most a bias, or vectors alone, or nothing, for parameters of its own."""
     dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
-    scaled = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
-    return not scaled and (set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1}))
+    return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
 
 
 @torch.enable_grad()

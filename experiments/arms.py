@@ -130,23 +130,26 @@ ARMS = {
     "lp-ft": Arm(lambda config: (), imitation=cf_rl),
     "everything-only": Arm(lambda config: part_alone(config, "all")),
 }
+WAYS_TO_TRAIN = {"first": part_first, "only": part_alone}
 ARMS |= {
     f"{name}-{way}": Arm(functools.partial(stages, part=part), scattered=name == "scattered")
     for name, part in PARTS.items()
-    for way, stages in {"first": part_first, "only": part_alone}.items()
+    for way, stages in WAYS_TO_TRAIN.items()
 }
 
 
 def arm_named(name) -> Arm:
-    """A row of ARMS, or a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them; or
-    either from a start with a turned knob: rl@a2 with W scaled by 2, rl@s4 with a constant feature of 4 |phi|.
+    """A row of ARMS; a part of the policy by the beginning of its parameters' names, first or alone, as in
+    body.blocks.0.mlp-only; a cell of a map: cf-rl-8x20 is cf-rl with 8 updates of stage 1, W at 20 times --lr in them;
+    or any from a start with a turned knob: rl@a2 with W scaled by 2, rl@s4 with a constant feature of 4 |phi|.
 
     ValueError for any other name."""
     number = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
     found = re.fullmatch(rf"(.+?)(?:-([0-9]+)x({number}))?(?:@([as])({number}))?", name)
-    if not found or found[1] not in ARMS:
+    part = found and re.fullmatch(r"(body(?:\.\w+)+)-(first|only)", found[1])
+    if not (part or found and found[1] in ARMS):
         raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
-    arm = ARMS[found[1]]
+    arm = Arm(functools.partial(WAYS_TO_TRAIN[part[2]], part=part[1])) if part else ARMS[found[1]]
     if found[2]:
         length, multiple, inner = int(found[2]), float(found[3]), arm.stages
 
@@ -328,6 +331,20 @@ class Config:
         self.finetuning()
         for arm in self.arm_list:
             self.rl(arm)
+        self.check_parts(self.parameter_names())
+
+    def parameter_names(self):
+        """Those of the policy; none where they are not known yet."""
+        architecture = self.architecture(Addition(self.digits))
+        with torch.device("meta"):
+            return [name for name, _ in GPT(architecture).named_parameters()]
+
+    def check_parts(self, names):
+        """ValueError if an arm trains what is not among the names, if there are any."""
+        for arm in self.arm_list if names else ():
+            for part in (stage.trains for stage in self.stages(arm)):
+                there = part == "all" or any(f"{name}.".startswith(f"{part}.") for name in names)
+                check(there, f"arm {arm!r} trains {part}, and the policy has no parameter of that name")
 
     def grid(self, name, kind):
         """The numbers of a list that a flag gives; none for an empty one."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from experiments import any_model, cli
 from experiments.any_model import Policy, check_linear, untied
-from experiments.arms import ARMS, Arm, Config, arm_named, generator, option, part_alone, train_as, versions
+from experiments.arms import Config, arm_named, generator, option, train_as, versions
 from experiments.measures import MOVES, Microscope, geometry, moves
 from experiments.runs import Watch, jobs
 from experiments.tables import lines_of, table, write_summary
@@ -276,6 +276,9 @@ class RealConfig(Config):
     def finetuning(self):
         return {}  # the start is the checkpoint as it is
 
+    def parameter_names(self):
+        return []  # a checkpoint tells
+
     def made_of(self):
         """Also the libraries that read the checkpoint, and the checksum of its files."""
         folder, how = checkpoint(self)
@@ -293,22 +296,13 @@ def checksums(folder, *files):
 WITHOUT = (
     "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
 )  # flags
-# Parts of SmolLM2, as the beginning of parameter names. An offset of phi adds W times it to the logits of all states.
-PARTS = {
-    "offset": "body.offset",
-    "final-norm": "body.base.norm",
-    "layer-29": "body.base.layers.29",
-    "layer-15": "body.base.layers.15",
-    "layer-0": "body.base.layers.0",
-    "embedding": "body.base.embed_tokens",
-}
-ARMS |= {f"{name}-only": Arm(functools.partial(part_alone, part=part)) for name, part in PARTS.items()}
 # An experiment is other defaults for the flags, as in arms.py.
 MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
 TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
 TUNING = dict(seed=100, rl_steps=10, eval_every=2)
-ALONE = dict.fromkeys(("offset", "final-norm"), (100, 1000, 10000)) | {"classifier": (70, 200), "embedding": (20, 100)}
-ALONE |= dict.fromkeys(("layer-29", "layer-15", "layer-0"), (1, 5, 20)) | {"body": (1, 2)}
+# Each part alone, by the names of SmolLM2's parameters. An offset of phi adds W times it to the logits of all states.
+ALONE = dict.fromkeys(("body.offset", "body.base.norm"), (100, 1000, 10000)) | {"classifier": (70, 200), "body": (1, 2)}
+ALONE |= {f"body.base.layers.{layer}": (1, 5, 20) for layer in (29, 15, 0)} | {"body.base.embed_tokens": (20, 100)}
 TRIED_ALONE = [f"{part}-only-10x{multiple}" for part, multiples in ALONE.items() for multiple in multiples]
 EXPERIMENTS = {
     "real": {},
@@ -359,7 +353,7 @@ def train(config, out, seed, arm, bar):
     an empty module stands for each."""
     torch.set_default_device(config.device)
     model, task = load(config)
-    if arm.startswith("offset-only"):
+    if arm.startswith("body.offset-only"):
         model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
     watch = Watch(config, out, seed, arm, RealView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)
@@ -377,7 +371,11 @@ def check_real(args, config):
         torch.empty(0, device=config.device).cpu()  # which takes one that holds numbers
     except (RuntimeError, AssertionError):  # the latter where torch was built without it
         raise ValueError(f"torch finds no device {config.device!r} here") from None
-    check_memory(config, *load(config, weights=False), args.workers)
+    lm, task = load(config, weights=False)
+    config.check_parts(
+        ["classifier.weight", "body.offset", *(f"body.base.{n}" for n, _ in lm.base_model.named_parameters())]
+    )
+    check_memory(config, lm, task, args.workers)
     load(config)
     return config
 

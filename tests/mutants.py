@@ -361,7 +361,7 @@ MUTANTS = [
     ("experiments/measures.py", "(p is W) == of_W", "of_W", "test_measures"),
     ("experiments/measures.py", "(far / norm).item()", "far.item()", "test_measures"),
     ("minicfrl.py", "model.features(tokens)[:, -1 - L : -1], tokens[:, -L:]", "model.features(tokens)[:, -L:], tokens[:, -L:]", "test_policy_gradient"),
-    ("ntk.py", "type(module) is not nn.Embedding", "False", "test_any_policy"),
+    ("ntk.py", "type(m) is not nn.Embedding", "False", "test_any_policy"),
     ("experiments/any_model.py", "return self.base(tokens, use_cache=False).last_hidden_state", "return self.base(tokens, use_cache=False).last_hidden_state.detach()", "test_any_policy"),
     ("experiments/predictors.py", "(right[of] / right.sum()) @ (phi @ phi.T)", "(right[of] / right.sum()) @ phi.new_ones(len(phi), len(phi))", "test_any_policy"),
     ("experiments/predictors.py", "p.grad = -gradient", "p.grad = gradient", "test_any_policy"),

@@ -316,3 +316,17 @@ def test_each_part_has_the_rate_at_which_it_reached_most_alone(start):
         assert len(arms_of) == 4 and best in parts.arm_list
         first = "cf-rl-20" if part == "classifier" else f"{part}-first-20"
         assert part == "everything" or f"{first}x{best.rpartition('x')[2]}" in parts.arm_list
+
+
+def test_a_part_is_named_by_the_beginning_of_its_parameters_and_one_that_is_not_there_is_refused():
+    """Alone or first, at a rate of its own, also as a cell; of a policy of one block the second is no part."""
+    config = Config(arms="body.blocks.0.mlp-only,body.norm-first-3x7", rl_steps=8, classifier_steps=2, lr=1e-3)
+    assert config.stages("body.blocks.0.mlp-only") == (Stage(8, "body.blocks.0.mlp", config.classifier_lr),)
+    assert config.stages("body.norm-first-3x7") == (Stage(3, "body.norm", 7e-3), Stage(5, "all", 1e-3))
+    for arm in ("body.base.layers.3-only", "body.nor-first", "body.offset-only"):
+        with pytest.raises(ValueError, match=f"arm '{arm}' trains .*, and the policy has no parameter of that name"):
+            Config(arms=arm)
+    with pytest.raises(ValueError, match="arm 'last-block-only' trains body.blocks.1, and the policy has no parameter"):
+        Config(arms="last-block-only", layers=1)
+    with pytest.raises(ValueError, match="is not one of"):
+        Config(arms="classifier.weight-only")

@@ -234,6 +234,8 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, 
     with pytest.raises(ValueError, match=r"2 workers need about \d+\.\d GB of memory, and \d+\.\d are free"):
         real_model.check_memory(needs, lm, TASK, 2)
     assert real_model.check_memory(RealConfig(prompts=2), KINDS["llama"](), TASK, 1) is None
+    other = "arm 'body.base.layers.7-only' trains body.base.layers.7, and the policy has no parameter of that name"
+    assert other in refused(capsys, "--quick", "--arms", "body.base.layers.7-only", "--out", out)
     assert "arm 'lp-ft' imitates" in refused(capsys, "--quick", "--arms", "lp-ft", "--out", out)
     assert "a quick run is on a random model" in refused(capsys, "--quick", "--model", empty, "--out", out)
     assert "no device 'meta'" in refused(capsys, "--quick", "--device", "meta", "--out", out)
@@ -346,7 +348,7 @@ def test_ten_other_architectures_are_read_once_as_well(kind):
 
 def test_an_offset_is_a_part_of_one_arm_alone(tmp_path):
     """It starts at 0, moves all features alike, and is no parameter of any other arm."""
-    config = RealConfig(**real_model.QUICK | {"arms": "offset-only-2x1000,rl", "rl_steps": 2, "seeds": 1})
+    config = RealConfig(**real_model.QUICK | {"arms": "body.offset-only-2x1000,rl", "rl_steps": 2, "seeds": 1})
     (tmp_path / "parts").mkdir()
     seen, load_real = {}, real_model.load
     for arm in config.arm_list:
@@ -355,7 +357,7 @@ def test_an_offset_is_a_part_of_one_arm_alone(tmp_path):
             patch.setattr(RealConfig, "rl", lambda self, name: replace(Config.rl(self, name), reward=coin_flips))
             real_model.train(config, tmp_path, 0, arm, tqdm(disable=True))
     named = {arm: dict(model.named_parameters()) for arm, (model, _) in seen.items()}
-    assert set(named["offset-only-2x1000"]) - set(named["rl"]) == {"body.offset"}
-    assert named["offset-only-2x1000"]["body.offset"].abs().max() > 1e-3
-    row = rows_without_seconds(tmp_path / "parts" / "offset-only-2x1000-seed0.csv")[-1]
+    assert set(named["body.offset-only-2x1000"]) - set(named["rl"]) == {"body.offset"}
+    assert named["body.offset-only-2x1000"]["body.offset"].abs().max() > 1e-3
+    row = rows_without_seconds(tmp_path / "parts" / "body.offset-only-2x1000-seed0.csv")[-1]
     assert float(row["W_moved"]) == 0 < float(row["feature_change"])

@@ -216,14 +216,14 @@ FIRST_PAPER = (
     ),
     (
         "CF-RL works otherwise than linear probing, then fine-tuning",
-        lambda e: "no telling: the same marks" if e.same_marks() else "its marks differ",
+        lambda e: "cannot tell: the same marks" if e.same_marks() else "its marks differ",
         "lp-ft",
     ),
 )
 SECOND_PAPER = (
     (
         "RL selects among patterns whose success stays constant",
-        lambda e: f"{e.selects('rl')}; untaught start {e.at('learning').selects('rl')}",
+        lambda e: f"{e.selects('rl')}; second toy {e.at('learning').selects('rl')}",
         "confidence",
     ),
     (
@@ -274,7 +274,7 @@ def answers(results):
     """The first table: how many updates each way takes, in the toy and in a real model, and whether W first is better
     than W last. All that a column asks is asked together."""
     starts = {name: Evidence(results, name, looks=len(ANSWERS)) for name in STARTS}
-    headings = (f"{STARTS[name]}, {e.config.seeds} seeds" for name, e in starts.items())
+    headings = (f"{STARTS[name]}: to {e.config.threshold:g}, {e.config.seeds} seeds" for name, e in starts.items())
     yield ["", *headings]
     for label, arm in ANSWERS.items():
         cells = []

@@ -267,7 +267,7 @@ def plot_loop(path):
 
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(0, 100), ylim=(-1, 27))
+    axes.set(xlim=(0, 100), ylim=(0, 27.5))
     axes.set_axis_off()
 
     def box(x, y, text, width, height=8, colour="#eef3f8"):
@@ -285,13 +285,14 @@ def plot_loop(path):
         "gradient,\nstep",
     )
     for i, text in enumerate(steps):
-        box(1 + 20.5 * i, 17, text, 15)
+        box(1 + 20.5 * i, 16, text, 15)
         if i:
-            arrow((20.5 * i - 4, 21), (20.5 * i + 0.6, 21))
-    axes.text(1, 13, "an update, and a run of them:", fontsize=9, va="center")
-    box(1, 1, "first n updates:\nW alone, at a high rate", 33, colour="#fbe3d6")
-    box(38, 1, "all other updates: W and the body, at one rate", 60, colour="#d9e8f5")
-    arrow((34.5, 5), (37.6, 5))
+            arrow((20.5 * i - 4, 20), (20.5 * i + 0.6, 20))
+    axes.text(1, 26.3, "an update:", fontsize=9, va="center")
+    axes.text(1, 10.6, "a run of CF-RL (its control: nothing rests):", fontsize=9, va="center")
+    box(1, 0.6, "first n updates:\nW alone, at a high rate", 33, colour="#fbe3d6")
+    box(38, 0.6, "all other updates: W and the body, at one rate", 60, colour="#d9e8f5")
+    arrow((34.5, 4.6), (37.6, 4.6))
     figure.savefig(path, format="png", dpi=150)
 
 

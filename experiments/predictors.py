@@ -51,18 +51,18 @@ def inner(left, right):
 
 def ask(model, batch, advantages, right, rates):
     """{(optimiser, predictor): number}: what is said of the mean change of log pi of the right responses in one step of
-    each optimiser on sum_i A_i log pi_i, to first order and per unit of its rate; under "measured", what it was.
+    each optimiser on (E3), to first order and per unit of its rate; under "measured", what it was.
 
     The parameters are put back. The change is <gradient of what is asked, step>: R's part is that of W, G's that of the
-    body (E10, summed). Under "hidden states" is the same sum without the residuals, sum_ij A_i <phi_j, phi_i>.
+    body (E10, summed). Under "hidden states" is the same sum without the residuals, sum_ij A_i <phi_j, phi_i> / N.
     """
-    logp, parts, row = log_pi(model, batch), parts_of(model), {}
-    asked, ascended = gradients(model, logp[right].mean()), gradients(model, (advantages * logp).sum())
+    logp, parts, row, N = log_pi(model, batch), parts_of(model), {}, int(batch.mask.sum())
+    asked, ascended = gradients(model, logp[right].mean()), gradients(model, (advantages * logp).sum() / N)
     before, start = logp[right].mean().item(), [[p.detach().clone() for p in part] for part in parts]
     with torch.no_grad():
         phi = model.features(batch.tokens)[batch.state_mask]  # (N, d)
         of = batch.state_mask.nonzero()[:, 0]  # (N,)
-        hidden = ((right[of] / right.sum()) @ (phi @ phi.T) @ advantages[of]).item()
+        hidden = ((right[of] / right.sum()) @ (phi @ phi.T) @ advantages[of]).item() / N
     for kind, rate in rates.items():
         R, G = (inner(a, map(DIRECTIONS[kind], b)) for a, b in zip(asked, ascended, strict=True))
         row |= {(kind, "R alone"): R, (kind, "R + G"): R + G, (kind, "hidden states"): hidden}

@@ -300,15 +300,10 @@ WITHOUT = (
 MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
 TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
 TUNING = dict(seed=100, rl_steps=10, eval_every=2)
-# Each part alone, by the names of SmolLM2's parameters. An offset of phi adds W times it to the logits of all states.
-ALONE = dict.fromkeys(("body.offset", "body.base.norm"), (100, 1000, 10000)) | {"classifier": (70, 200), "body": (1, 2)}
-ALONE |= {f"body.base.layers.{layer}": (1, 5, 20) for layer in (29, 15, 0)} | {"body.base.embed_tokens": (20, 100)}
-TRIED_ALONE = [f"{part}-only-10x{multiple}" for part, multiples in ALONE.items() for multiple in multiples]
 EXPERIMENTS = {
     "real": {},
     "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
     "real-tuning": TUNING | dict(seeds=3, arms=",".join(TRIED)),
-    "real-parts-tuning": TUNING | dict(seeds=1, arms=",".join(TRIED_ALONE)),
 }
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 QUICK |= dict(arms="rl,cf-rl,control,classifier-last,fast-classifier,classifier-only,random-reward")

@@ -202,6 +202,9 @@ REAL_ASKED = (
 )
 
 
+REAL_ASKED_AGAIN = (("cf-rl", "rl"), ("cf-rl", "classifier-last"))
+
+
 def tuning_rows(config, summary):
     """Mean accuracy over the run of cf-rl and of W fast throughout, at each rate of W tried."""
     rows = [["rate of W, in multiples of plain RL's", *(f"{multiple}×" for multiple in real_model.MULTIPLES)]]
@@ -318,6 +321,7 @@ def sections(results, update, found):
         "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
         "real arms": markdown(*speed.arms_table(*results["real"])),
         "real compared": markdown(*speed.compared_table(*results["real"], REAL_ASKED)),
+        "real again": markdown(*speed.compared_table(*results["real-again"], REAL_ASKED_AGAIN)),
         "real tuning": markdown(*tuning_rows(*results["real-tuning"])),
         "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
         **{
@@ -407,8 +411,9 @@ def main(folders):
     figures.plot_knobs(results, HERE / "knobs.png")
     figures.plot_order({title: results[name] for name, title in MAPS.items()}, HERE / "order.png")
     group = found["group"]
-    labels = [[t for t, of in zip(group["tokens"], group["rows"], strict=True) if of == row] for row in range(SAMPLES)]
-    parts = [[[RATES["sgd"] * value for value in row] for row in group[part]] for part in "RG"]
+    named = [(text.strip() or ".", row) for text, row in zip(group["tokens"], group["rows"], strict=True)]
+    labels = [[text for text, of in named if of == row] for row in range(SAMPLES)]
+    parts = [[[RATES["sgd"] / len(named) * value for value in row] for row in group[part]] for part in "RG"]
     figures.plot_influence(parts, labels, HERE / "real_influence.png")
     for page, text in rewritten(sections(results, update, found)).items():
         write_text(page, text)

@@ -146,8 +146,8 @@ def test_the_predictors_are_the_sums_of_who_teaches_whom(in_double):
     seen = taught(model, TASK, batch, advantages)
     learn = right[torch.tensor(seen["rows"])].double() / right.sum()
     R, G = ((torch.tensor(seen[part], dtype=torch.float64) @ learn).sum().item() for part in "RG")
-    assert row["sgd", "R alone"] == pytest.approx(R, rel=1e-9)
-    assert row["sgd", "R + G"] == pytest.approx(R + G, rel=1e-9)
+    assert row["sgd", "R alone"] == pytest.approx(R / batch.mask.sum().item(), rel=1e-9)
+    assert row["sgd", "R + G"] == pytest.approx((R + G) / batch.mask.sum().item(), rel=1e-9)
     assert seen["tokens"][:3] == ["5", "3", "\n"]
 
 
@@ -155,7 +155,7 @@ def test_hidden_states_alone_leave_the_residuals_out(in_double):
     model, batch, advantages, right = group()
     phi, of = model.features(batch.tokens).detach(), batch.state_mask
     by_hand = sum(
-        advantages[i] * (phi[j, t] @ phi[i, s]) / right.sum()
+        advantages[i] * (phi[j, t] @ phi[i, s]) / right.sum() / batch.mask.sum()
         for i, s in of.nonzero().tolist()
         for j, t in of.nonzero().tolist()
         if right[j]

@@ -4,7 +4,8 @@ import pytest
 
 from experiments.arms import Config
 from experiments.claims import STARTS, Evidence, answers
-from experiments.speed import time_to
+from experiments.report import load_results
+from experiments.speed import END, time_to
 
 CONFIG = Config(seeds=3, rl_steps=8, classifier_steps=4, eval_every=2)
 
@@ -82,7 +83,9 @@ def test_the_first_table_asks_all_of_a_column_together():
     arms = {"rl": base, "cf-rl": fast, "control": fast, "fast-classifier-8x5": fast, "classifier-last": base}
     summary = {arm: {"seed": [0, 1, 2], "accuracy": accuracy, **row} for arm, row in arms.items()}
     rows = list(answers(dict.fromkeys(STARTS, (CONFIG, summary))))
-    assert [len(row) for row in rows] == [4] * 6 and rows[0][1:] == [f"{title}, 3 seeds" for title in STARTS.values()]
+    assert [len(row) for row in rows] == [4] * 6 and rows[0][1:] == [
+        f"{title}: to 0.9, 3 seeds" for title in STARTS.values()
+    ]
     assert rows[1][1] == "8.0 ±0.0" and rows[2][1] == "4.7 ±2.9, undecided" and rows[5][1] == "equal"
     assert evidence(**summary).compared(time_to(0.9), "fast-classifier", "rl") == "faster"
 
@@ -99,3 +102,24 @@ def test_the_marks_of_linear_probing_are_there_only_if_all_four_are():
     assert evidence(**rows).same_marks()
     rows["lp-ft"] = rows["lp-ft"] | {"feature_change": [0.2, 1.5, 1.0]}
     assert not evidence(**rows).same_marks()
+
+
+def test_the_sentences_of_the_first_screen_rest_on_these_verdicts():
+    """Updates to the threshold, and the end, at 5% among the comparisons of the results' own tables."""
+    results = load_results()[0]
+    toy, hard, real = (
+        Evidence(results, name, looks) for name, looks in (("speed", 8), ("speed-learning", 8), ("real", 6))
+    )
+
+    def time(e, arm, base):
+        return e.compared(time_to(e.config.threshold), arm, base)
+
+    assert [time(e, "fast-classifier", "rl") for e in (toy, real)] == ["faster", "faster"]
+    gained = real.measured(time_to(0.6), "rl"), real.measured(time_to(0.6), "fast-classifier")
+    assert 0 < float(gained[0].split()[0]) - float(gained[1].split()[0]) < 1
+    assert [time(e, "cf-rl", "control") for e in (toy, hard, real)] == ["slower", "undecided", "slower"]
+    ends = [e.compared(END, "cf-rl", "classifier-last") for e in (toy, hard, real)]
+    assert ends == ["equal", "undecided", "undecided"]
+    assert max(load_results()[2]["shares"]["start"]["adam"]) < 0.01  # R's share of a step in SmolLM2
+    again = Evidence(results, "real-again", looks=2)
+    assert time(again, "cf-rl", "rl") == "slower" and again.compared(END, "cf-rl", "classifier-last") == "undecided"

@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,10 @@ def test_only_groups_with_right_and_wrong_responses_are_asked():
     model = CausalLM(KINDS["Llama"]().eval().float(), task.shared, task.end_token)
     seen = list(zip(range(5), mixed_groups(model, task, generator(0)), strict=False))
     assert len(seen) == 5
+    with pytest.MonkeyPatch.context() as patch:  # all wrong, all right, and some
+        drawn = iter([torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1.0, 0.0]])])
+        patch.setattr(predictors, "rollout", lambda *_: SimpleNamespace(rewards=next(drawn)))
+        assert next(mixed_groups(model, task, None))[2].tolist() == [True, False]
     for _, (batch, advantages, right) in seen:
         assert 0 < right.sum() < len(right) == SAMPLES == len(batch.responses)
         assert (advantages[right] > 0).all() and (advantages[~right] < 0).all()
@@ -212,6 +217,7 @@ def test_a_batch_without_advantage_has_no_share(in_double):
 def test_ranks_and_overlaps():
     assert rank_correlation([1.0, 2.0, 9.0], [-5.0, 0.0, 0.1]) == pytest.approx(1)
     assert rank_correlation([1.0, 2.0, 9.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    assert rank_correlation([2.0, 3.0, 1.0], [1.0, 3.0, 2.0]) == pytest.approx(0.5)  # 1 - 6 (1 + 0 + 1) / (3 (9 - 1))
     assert overlap([1.0, 2.0, 3.0, 4.0], [1.0, 9.0, 2.0, 8.0], top=2) == 1
 
 

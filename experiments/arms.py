@@ -331,20 +331,27 @@ class Config:
         self.finetuning()
         for arm in self.arm_list:
             self.rl(arm)
-        self.check_parts(self.parameter_names())
+        if self.named_parts:  # for a policy costs a second of torch's imports
+            self.check_parts()
 
-    def parameter_names(self):
-        """Those of the policy; none where they are not known yet."""
+    @property
+    def named_parts(self):
+        """What arms train by the beginning of parameter names: (arm, part)."""
+        parts = [(arm, stage.trains) for arm in self.arm_list for stage in self.stages(arm)]
+        return [(arm, part) for arm, part in parts if part not in ("all", "classifier")]
+
+    def check_parts(self):
+        """ValueError if an arm trains a part that the policy does not have."""
         architecture = self.architecture(Addition(self.digits))
         with torch.device("meta"):
-            return [name for name, _ in GPT(architecture).named_parameters()]
+            self.check_names(name for name, _ in GPT(architecture).named_parameters())
 
-    def check_parts(self, names):
-        """ValueError if an arm trains what is not among the names, if there are any."""
-        for arm in self.arm_list if names else ():
-            for part in (stage.trains for stage in self.stages(arm)):
-                there = part == "all" or any(f"{name}.".startswith(f"{part}.") for name in names)
-                check(there, f"arm {arm!r} trains {part}, and the policy has no parameter of that name")
+    def check_names(self, names):
+        """ValueError if an arm trains what is not among the names."""
+        names = [f"{name}." for name in names]
+        for arm, part in self.named_parts:
+            there = any(name.startswith(f"{part}.") for name in names)
+            check(there, f"arm {arm!r} trains {part}, and the policy has no parameter of that name")
 
     def grid(self, name, kind):
         """The numbers of a list that a flag gives; none for an empty one."""

@@ -91,10 +91,6 @@ class Evidence:
         """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""
         return [statistics.fmean(curve[1:]) for curve in self.summary[arm]["curves"][f"agreement_{where}"]]
 
-    def gains(self, arm):
-        """What accuracy gained by the patterns' shares, and by their success (E11)."""
-        return " and ".join(self.of(arm, f"gain_by_{cause}", "+.2f") for cause in ("shares", "success"))
-
     def selects(self, arm):
         shares, success = (self.values(arm, f"gain_by_{cause}") for cause in ("shares", "success"))
         gaps = [x - y for x, y in zip(shares, success, strict=True)]
@@ -142,9 +138,13 @@ class Evidence:
         half, last = self.config.rl_steps // 2, self.config.rl_steps
         return self.gain(arm, 0, half), self.gain(arm, half, last)
 
+    def arm_alone(self, part):
+        """The arm that trains a part alone, whatever its rate."""
+        return next(arm for arm in self.summary if arm.startswith(f"{part}-only-"))
+
     def alone(self, part):
         """Accuracy at the end of a part trained alone."""
-        return self.of(next(arm for arm in self.summary if arm.startswith(f"{part}-only-")), "accuracy")
+        return self.of(self.arm_alone(part), "accuracy")
 
     def same_marks(self):
         """Does W grow more and do features move less in both ways of two stages than in one?"""

@@ -50,19 +50,18 @@ def panels_in(path, *shape, size=(8, 2.8)):
     figure.savefig(path, format="png", dpi=150)
 
 
-def plot_answer(results, titles, path):
-    """Accuracy against updates, a panel for each experiment: does it help that W comes first?"""
-    with panels_in(path, len(titles), size=(8, 3.4)) as panels:
-        for axes, (experiment, title) in zip(panels, titles.items(), strict=True):
-            config, summary = results[experiment]
-            for name, label in NAMES.items():
-                arm = next(arm for arm in summary if re.fullmatch(rf"{name}(-[0-9]+x.*)?", arm))
-                curves = summary[arm]["curves"]
-                style = "--" if name == "classifier-last" else "-"  # plain RL, for most of the run
+def plot_answer(evidence, path):
+    """Accuracy against updates: does it help that W comes first? A panel for each of {title: claims.Evidence}."""
+    with panels_in(path, len(evidence), size=(8, 3.4)) as panels:
+        for axes, (title, e) in zip(panels, evidence.items(), strict=True):
+            for arm, label in NAMES.items():
+                curves = e.summary[e.arm(arm)]["curves"]
+                style = "--" if arm == "classifier-last" else "-"  # plain RL, for most of the run
                 plot_band(axes, curves["step"][0], curves["accuracy"], label, style, colour_of(arm))
-            axes.axvline(config.classifier_steps, color="#555555", linestyle=":")
-            axes.text(config.classifier_steps, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
-            axes.set(title=title, xlabel="updates", xlim=(0, config.rl_steps), ylim=(0, 1))
+            end, last = e.config.classifier_steps, e.config.rl_steps
+            axes.axvline(end, color="#555555", linestyle=":")
+            axes.text(end, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
+            axes.set(title=title, xlabel="updates", xlim=(0, last), ylim=(0, 1))
         panels[0].set_ylabel("held-out accuracy")
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
 
@@ -187,10 +186,12 @@ def plot_sizes(sizes, path):
             "within responses": lambda e: e.values("sft", "cosine_continuation"),
         },
     }
+    colours = {"cf-rl": colour_of("cf-rl"), "its control": colour_of("control")}
+    colours |= {"at the end of prompts": "#000000", "within responses": "#56b4e9"}
     with panels_in(path, len(panels), size=(8, 3.2)) as figure:
         for axes, (title, lines) in zip(figure, panels.items(), strict=True):
-            arms = ("cf-rl", "control") if "lead" in title or "plain RL" in title else ("sft", "rl-sgd")
-            for colour, (label, values) in zip(map(colour_of, arms), lines.items(), strict=True):
+            for label, values in lines.items():
+                colour = colours[label]
                 for (width, layers), evidence in sizes.items():
                     seeds = values(evidence)
                     low, middle, high = (f(seeds) for f in (min, statistics.median, max))

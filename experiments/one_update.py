@@ -39,24 +39,22 @@ def kernel_blocks(model, tokens, states):
     return kernel.representation.abs() * V**0.5, kernel.gradient.transpose(1, 2).flatten(2).norm(dim=2)
 
 
-def step(model, gradients):
-    """A copy of the policy after one step of gradient descent on the named parameters, and the step itself."""
+def moved(model, update):
+    """A copy of the policy, each parameter moved by what the update has for its name, if anything."""
     after = copy.deepcopy(model)
-    update = {name: -LR * gradient for name, gradient in gradients.items()}
     with torch.no_grad():
         for name, parameter in after.named_parameters():
             parameter += update.get(name, 0.0)
-    return after, update
+    return after
 
 
-def adam_step(model, gradients):
-    """As `step`, by a fresh Adam at the rate of the runs."""
-    after = copy.deepcopy(model)
-    for name, parameter in after.named_parameters():
+def adam_update(gradients):
+    """The first step of a fresh Adam at the rate of the runs: where it takes parameters that are 0."""
+    parameters = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+    for name, parameter in parameters.items():
         parameter.grad = gradients[name]
-    torch.optim.Adam(after.parameters(), ADAM_LR).step()
-    pairs = zip(model.named_parameters(), after.parameters(), strict=True)
-    return after, {name: new.detach() - old.detach() for (name, old), new in pairs}
+    torch.optim.Adam(parameters.values(), ADAM_LR).step()
+    return parameters
 
 
 def closely(config, seed, task, model):
@@ -84,11 +82,9 @@ def closely(config, seed, task, model):
 
     logits = model(tokens)[shared].detach()  # (1, V)
     g = residuals(logits.expand(SAMPLES, -1), tokens[:, end + 1])  # (G, V)
-    after, update = step(model, gradients)
-    after_W, _ = step(model, {"classifier.weight": by_hand})
-    by_R, by_G = logit_change(model, tokens, shared, update)  # (1, V) each
-    after_adam, adam_update = adam_step(model, gradients)
-    adam_by_R, adam_by_G = logit_change(model, tokens, shared, adam_update)
+    sgd, adam = {name: -LR * gradient for name, gradient in gradients.items()}, adam_update(gradients)
+    by_R, by_G = logit_change(model, tokens, shared, sgd)  # (1, V) each
+    adam_by_R, adam_by_G = logit_change(model, tokens, shared, adam)
     probabilities = logits.softmax(dim=1)[0]
 
     def change(dlogits):  # of probabilities, to first order
@@ -103,7 +99,8 @@ def closely(config, seed, task, model):
     some[different] = states[different]
     policies = model, after_stage_1(config, seed, task, model)
     with torch.no_grad():
-        happened = [measured(policy) for policy in (after, after_W, after_adam)]
+        updates = sgd, {"classifier.weight": -LR * by_hand}, adam
+        happened = [measured(moved(model, update)) for update in updates]
     return {
         "prompt": prompt,
         "responses": list(batch.responses),

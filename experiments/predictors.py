@@ -56,9 +56,10 @@ def ask(model, batch, advantages, right, rates):
     The parameters are put back. The change is <gradient of what is asked, step>: R's part is that of W, G's that of the
     body (E10, summed). Under "hidden states" is the same sum without the residuals, sum_ij A_i <phi_j, phi_i> / N.
     """
-    logp, parts, row, N = log_pi(model, batch), parts_of(model), {}, int(batch.mask.sum())
+    logp, row, N = log_pi(model, batch), {}, int(batch.mask.sum())
     asked, ascended = gradients(model, logp[right].mean()), gradients(model, (advantages * logp).sum() / N)
-    before, start = logp[right].mean().item(), [[p.detach().clone() for p in part] for part in parts]
+    before, parameters = logp[right].mean().item(), sum(parts_of(model), [])
+    start = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         phi = model.features(batch.tokens)[batch.state_mask]  # (N, d)
         of = batch.state_mask.nonzero()[:, 0]  # (N,)
@@ -67,15 +68,13 @@ def ask(model, batch, advantages, right, rates):
         R, G = (inner(a, map(DIRECTIONS[kind], b)) for a, b in zip(asked, ascended, strict=True))
         row |= {(kind, "R alone"): R, (kind, "R + G"): R + G, (kind, "hidden states"): hidden}
         optimizer = _optimizer(model, Stage(1, lr=rate), kind)
-        for part, ascent in zip(parts, ascended, strict=True):
-            for p, gradient in zip(part, ascent, strict=True):
-                p.grad = -gradient
+        for p, gradient in zip(parameters, sum(ascended, []), strict=True):
+            p.grad = -gradient
         optimizer.step()
         with torch.no_grad():
             row[kind, "measured"] = (log_pi(model, batch)[right].mean().item() - before) / rate
-            for part, old in zip(parts, start, strict=True):
-                for p, value in zip(part, old, strict=True):
-                    p.copy_(value)
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
     model.zero_grad()
     return row
 
@@ -107,9 +106,10 @@ def batch_of(model, task, config, draws):
     return batch, group_advantages(batch.rewards).flatten()
 
 
-def shares_over_batches(model, task, config, draws):
-    """{optimiser: [R's share in each of some batches of RL]}."""
-    rows = [shares_of_R(model, *batch_of(model, task, config, draws)) for _ in range(BATCHES)]
+def shares_over(policies, task, config, draws):
+    """{optimiser: [R's share in a batch of RL of each policy]}; draws has a stream of random numbers for each."""
+    pairs = zip(policies, draws, strict=True)
+    rows = [shares_of_R(model, *batch_of(model, task, config, stream)) for model, stream in pairs]
     return {kind: [row[kind] for row in rows] for kind in RATES}
 
 
@@ -143,10 +143,11 @@ def found(config, model, task):
         if len(rows) == GROUPS:
             break
     check(len(rows) == GROUPS, f"only {len(rows)} groups have right and wrong responses, not {GROUPS}")
-    shares = {"start": shares_over_batches(model, task, config, draws)}
+    batches = [model] * BATCHES, task, config, [draws] * BATCHES
+    shares = {"start": shares_over(*batches)}
     for _ in tqdm(train_as("rl", config, 0, task, model), total=config.rl_steps, disable=None):
         pass
-    shares["end"] = shares_over_batches(model, task, config, draws)
+    shares["end"] = shares_over(*batches)
     return {"group": group, "groups": {", ".join(of): [row[of] for row in rows] for of in rows[0]}, "shares": shares}
 
 

@@ -55,7 +55,7 @@ class Body(nn.Module):
         super().__init__()
         self.base, self.shared, self.end_token, self.past = base, shared, end_token, None
         self.layers = range(base.config.num_hidden_layers)
-        self.offset = 0.0  # of all phi: one arm makes a parameter of it
+        self.offset = 0.0  # of all phi: an arm that trains it makes a parameter of it
 
     def pieces(self, tokens, cache=None):
         """[(phi (U, t, d), rows (B,))]: a few positions at a time, the features of the U distinct beginnings up to
@@ -138,6 +138,14 @@ class Sums:
         return float(response == str(int(a) + int(b)))
 
 
+ALPHABET = "0123456789+=\n"
+
+
+def sums_of_characters():
+    """The task for a model whose tokens are the characters of ALPHABET."""
+    return Sums(lambda text: [ALPHABET.index(c) for c in text], lambda tokens: "".join(ALPHABET[t] for t in tokens))
+
+
 @torch.no_grad()
 def success(model, task, pairs):
     """The chance of a right response at temperature 1, exactly, for each pair (B, 2) -> (B,): only one sequence of
@@ -178,8 +186,7 @@ def load(config, weights=True):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if config.tiny:
-        alphabet = "0123456789+=\n"
-        task = Sums(lambda text: [alphabet.index(c) for c in text], lambda tokens: "".join(alphabet[t] for t in tokens))
+        task = sums_of_characters()
         torch.manual_seed(0)
         lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
         return CausalLM(lm, task.shared, task.end_token) if weights else lm, task
@@ -276,8 +283,8 @@ class RealConfig(Config):
     def finetuning(self):
         return {}  # the start is the checkpoint as it is
 
-    def parameter_names(self):
-        return []  # a checkpoint tells
+    def check_parts(self):
+        """Not yet: the checkpoint tells (check_real)."""
 
     def made_of(self):
         """Also the libraries that read the checkpoint, and the checksum of its files."""
@@ -289,17 +296,23 @@ class RealConfig(Config):
 @functools.cache
 def checksums(folder, *files):
     """{file: its SHA-256} of those files of a folder that hold weights."""
-    weights = [Path(folder, name) for name in files if name.endswith((".gguf", ".safetensors", ".bin"))]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
+    weights, sums = [name for name in files if name.endswith((".gguf", ".safetensors", ".bin"))], {}
+    for name in weights:
+        with open(Path(folder, name), "rb") as file:
+            sums[name] = hashlib.sha256()
+            while piece := file.read(2**20):  # files of some GB do not fit beside the model
+                sums[name].update(piece)
+    return {name: checksum.hexdigest() for name, checksum in sums.items()}
 
 
 WITHOUT = (
     "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
 )  # flags
-# An experiment is other defaults for the flags, as in arms.py.
+OFFSET = "body.offset"  # a part that arms can train: W times it is added to the logits of all states
 MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
 TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
 TUNING = dict(seed=100, rl_steps=10, eval_every=2)
+# An experiment is other defaults for the flags, as in arms.py.
 EXPERIMENTS = {
     "real": {},
     "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
@@ -348,7 +361,7 @@ def train(config, out, seed, arm, bar):
     an empty module stands for each."""
     torch.set_default_device(config.device)
     model, task = load(config)
-    if arm.startswith("body.offset-only"):
+    if arm != "sft" and any(stage.trains == OFFSET for stage in config.stages(arm)):
         model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
     watch = Watch(config, out, seed, arm, RealView(config, seed, task, model), bar)
     bar.reset(total=config.rl_steps)
@@ -367,9 +380,7 @@ def check_real(args, config):
     except (RuntimeError, AssertionError):  # the latter where torch was built without it
         raise ValueError(f"torch finds no device {config.device!r} here") from None
     lm, task = load(config, weights=False)
-    config.check_parts(
-        ["classifier.weight", "body.offset", *(f"body.base.{n}" for n, _ in lm.base_model.named_parameters())]
-    )
+    config.check_names([OFFSET, *(f"body.base.{name}" for name, _ in lm.base_model.named_parameters())])
     check_memory(config, lm, task, args.workers)
     load(config)
     return config

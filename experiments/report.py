@@ -19,7 +19,7 @@ from experiments import claims, figures, order, real_model, speed, tables
 from experiments.arms import EXPERIMENTS, Config, arm_named, generator
 from experiments.measures import MOVES, moves
 from experiments.one_update import closely
-from experiments.predictors import RATES, SAMPLES, batch_of, overlap, rank_correlation, shares_of_R
+from experiments.predictors import RATES, SAMPLES, overlap, rank_correlation, shares_over
 from experiments.real_model import RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
@@ -107,23 +107,20 @@ def size_table(results):
     return rows
 
 
-def reach_table(*runs):
-    """What each part gets alone, at the end, and first in W's place, over the run against plain RL: from each start."""
-    config, summary = runs[0]
-    names = [arm.partition("-only")[0] for arm in config.arm_list if "-only-" in arm]
-    rows = [["part", *["rate", "alone, at the end", "first, minus plain RL, over the run"] * len(runs)]]
-    for part in names:
+def reach_table(*starts):
+    """What each part gets alone, at the end, and first in W's place, over the run against plain RL: a claims.Evidence
+    for each start."""
+    parts = [arm.partition("-only")[0] for arm in starts[0].config.arm_list if "-only-" in arm]
+    rows = [["part", *["rate", "alone, at the end", "first, minus plain RL, over the run"] * len(starts)]]
+    for part in parts:
         rows.append([part])
-        for config, summary in runs:
-            arm = next(arm for arm in config.arm_list if arm.startswith(f"{part}-only-"))
+        for e in starts:
+            arm, said = e.arm_alone(part), ""
             first = arm.replace("classifier-only-80", "cf-rl-20").replace("-only-80", "-first-20")
-            rows[-1] += [f"{arm.rpartition('x')[2]}×", over_seeds(summary[arm]["accuracy"], ".2f")]
-            said = ""
-            if first in summary:
-                gaps = speed.OVER_THE_RUN.gaps(config, summary, first, "rl")
-                word = speed.OVER_THE_RUN.said(config, summary, first, "rl", len(names) - 1)
-                said = f"{over_seeds(gaps, '+.3f')}: {word}"
-            rows[-1].append(said)
+            if first in e.summary:
+                gaps = over_seeds(speed.OVER_THE_RUN.gaps(e.config, e.summary, first, "rl"), "+.3f")
+                said = f"{gaps}: {speed.OVER_THE_RUN.said(e.config, e.summary, first, 'rl', len(parts) - 1)}"
+            rows[-1] += [f"{arm.rpartition('x')[2]}×", e.alone(part), said]
     return rows
 
 
@@ -213,11 +210,10 @@ def tuning_rows(config, summary):
     return rows
 
 
-def run_output(config, summary):
+def run_output(summary):
     """The first table that the default command prints: its first seed, three of the arms."""
     arms = ("sft", *Config.arms.split(","))
-    lists = {arm: {name: row for name, row in summary[arm].items() if isinstance(row, list)} for arm in arms}
-    first = {arm: {name: row[:1] for name, row in rows.items()} for arm, rows in lists.items()}
+    first = {arm: {name: row[:1] for name, row in summary[arm].items() if isinstance(row, list)} for arm in arms}
     return "```\n" + "\n".join(tables.lines_of(tables.table(first, tables.PRINTED))) + "\n```"
 
 
@@ -299,7 +295,7 @@ def sections(results, update, found):
     learning = results["learning"]
     return {
         "answer": markdown(*claims.answers(results), align="---"),
-        "output": run_output(config, summary),
+        "output": run_output(summary),
         "side by side": markdown(*claims.side_by_side(results), align="---"),
         "claims": markdown(*claims.rows(results), align="---"),
         "size": f"The four files are {sum(count.values())} lines of code, comments, docstrings and blanks aside: "
@@ -318,7 +314,7 @@ def sections(results, update, found):
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
-        "real table": markdown(*tables.table(results["real"][1], REAL_COLUMNS)),
+        "real table": markdown(*tables.table(real, REAL_COLUMNS)),
         "real arms": markdown(*speed.arms_table(*results["real"])),
         "real compared": markdown(*speed.compared_table(*results["real"], REAL_ASKED)),
         "real again": markdown(*speed.compared_table(*results["real-again"], REAL_ASKED_AGAIN)),
@@ -332,7 +328,7 @@ def sections(results, update, found):
         },
         **{f"{name} compared": markdown(*speed.compared_table(*results[name])) for name in SPEEDS},
         "accounts": accounts(results),
-        "parts reached": markdown(*reach_table(results["parts"], results["parts-learning"])),
+        "parts reached": markdown(*reach_table(*(claims.Evidence(results, f"parts{s}") for s in ("", "-learning")))),
         "variability": markdown(*constant_table(results)),
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
@@ -401,7 +397,8 @@ def main(folders):
         stored[experiments[config]] = record
     write_text(RESULTS, json.dumps(stored) + "\n")
     results, update, found = load_results()
-    figures.plot_answer(results, ANSWER_TITLES, HERE / "curves.png")
+    answer = {title: claims.Evidence(results, name) for name, title in ANSWER_TITLES.items()}
+    figures.plot_answer(answer, HERE / "curves.png")
     figures.plot_diversity(results, HERE / "diversity.png")
     figures.plot_patterns(results, HERE / "patterns.png")
     figures.plot_kernel(update, HERE / "kernel.png")
@@ -426,12 +423,10 @@ def moved_in(config, out, arm, seed):
 
 
 def shares_in(config, out, arm):
-    """predictors.shares_of_R in a batch of each seed's policy."""
-    rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        task, model = load_policy(config, out, arm, seed)
-        rows.append(shares_of_R(model, *batch_of(model, task, config, generator(seed, "predictors"))))
-    return {kind: [row[kind] for row in rows] for kind in RATES}
+    """R's share in a batch of each seed's policy (predictors.py)."""
+    seeds = [seed for seed, _ in config.jobs(arm)]
+    policies = [load_policy(config, out, arm, seed)[1] for seed in seeds]
+    return shares_over(policies, Addition(config.digits), config, [generator(seed, "predictors") for seed in seeds])
 
 
 def without_the_rest(summary):

@@ -105,14 +105,14 @@ def arms_table(config, summary, arms=None):
     return rows
 
 
-def compared_table(config, summary, pairs=ASKED, margins=1.0):
+def compared_table(config, summary, pairs=ASKED):
     """Each comparison by each yardstick: the difference and what it allows to say, all rows asked together."""
     rows = [["", *(each.heading for each in yardsticks(config))]]
     for arm, base in pairs:
         rows.append([f"`{arm}` − `{base}`"])
         for each in yardsticks(config):
             gaps = over_seeds(each.gaps(config, summary, arm, base), "+" + each.form)
-            rows[-1].append(f"{gaps}: {each.said(config, summary, arm, base, len(pairs), margins)}")
+            rows[-1].append(f"{gaps}: {each.said(config, summary, arm, base, len(pairs))}")
     return rows
 
 

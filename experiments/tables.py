@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 
-from experiments.measures import KERNEL, MOVES
+from experiments.measures import KERNEL
 from experiments.runs import filled, policy_file, read_rows, write_text
 from experiments.verdicts import SPEED, half_width, judge
 from minicfrl import Addition
@@ -50,7 +50,7 @@ def summarise(config, out):
                 statistics.fmean(row["accuracy"] for row in rows[1:] or rows) for rows in runs
             ]
             summary[arm]["curves"] = columns(CURVES, runs)
-            names = ("step", "classifier_norm", "feature_change", *MOVES, *KERNEL)
+            names = ("step", "classifier_norm", "feature_change", *KERNEL)
             ends = [[row for row in rows if row["step"] in config.stage_ends] for rows in runs]
             summary[arm]["stages"] = columns(names, ends)
     return summary

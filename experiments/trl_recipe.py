@@ -20,7 +20,7 @@ from numbers import Integral
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -100,13 +100,22 @@ def two_rates(model, classifier_steps, lr, classifier_lr):
     return optimizer, TwoRates(optimizer, **settings)
 
 
+def character_tokenizer(alphabet, end_token):
+    """One token per character, numbered as in `alphabet`, and an end token that also pads."""
+    vocabulary = {character: token for token, character in enumerate(alphabet)} | {"<end>": end_token}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
+
+
 def tiny_random():
     """Something to try it on: a random Llama, a tokenizer of characters, prompts such as 4+7=, and a reward."""
-    characters = Tokenizer(models.WordLevel({c: token for token, c in enumerate("0123456789+=.")}, unk_token="."))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    sizes = dict(vocab_size=13, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    characters = "0123456789+="
+    sizes = dict(
+        vocab_size=len(characters) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=".", eos_token=".")
+    tokenizer = character_tokenizer(characters, len(characters))
     prompts = Dataset.from_list([{"prompt": f"{i}+{j}="} for i in range(10) for j in range(10)])
     return model, tokenizer, prompts, lambda completions, **_: [float(len(set(text))) for text in completions]
 

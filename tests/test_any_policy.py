@@ -26,12 +26,11 @@ from experiments.predictors import (  # noqa: E402
     shares_of_R,
     taught,
 )
-from experiments.real_model import QUICK, CausalLM, RealConfig, Sums  # noqa: E402
+from experiments.real_model import QUICK, CausalLM, RealConfig, Sums, sums_of_characters  # noqa: E402
 from minicfrl import Rollout, group_advantages, policy_gradient_loss, sequence_logp  # noqa: E402
 from ntk import influence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ALPHABET = "0123456789+=\n"
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=13)
 KINDS = {
     "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **SIZES)),
@@ -119,7 +118,7 @@ def test_what_is_no_linear_layer_embedding_or_norm_is_refused_by_name():
 
 # ---------------------------------------------------------------------------------------------------------- predictors
 
-TASK = Sums(lambda text: [ALPHABET.index(c) for c in text], lambda tokens: "".join(ALPHABET[t] for t in tokens))
+TASK = sums_of_characters()
 
 
 def group(kind="Llama"):

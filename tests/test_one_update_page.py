@@ -60,6 +60,8 @@ def test_adam_s_step_is_foretold_too_and_is_a_sign(seed):
             foretold.append(update["adam_by_R"] + update["adam_by_G"])
             differences.append((update["adam_after"] - foretold[-1]).norm())
     torch.testing.assert_close(foretold[0], 2 * foretold[1], rtol=1e-6, atol=1e-12)
+    step = one_update.adam_update({"one": torch.tensor([2.0, -3.0, 0.0])})["one"]  # down the gradient
+    torch.testing.assert_close(step, one_update.ADAM_LR * torch.tensor([-1.0, 1.0, 0.0]), rtol=1e-6, atol=0)
     assert 3.5 < differences[0] / differences[1] < 4.5 or differences[0] < 1e-12
 
 

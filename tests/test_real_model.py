@@ -20,12 +20,11 @@ from tiny_runs import rows_without_seconds  # noqa: E402
 
 from experiments import real_model  # noqa: E402
 from experiments.arms import Config, coin_flips  # noqa: E402
-from experiments.real_model import CausalLM, RealConfig, Sums, load, success  # noqa: E402
+from experiments.real_model import ALPHABET, CausalLM, RealConfig, Sums, load, success, sums_of_characters  # noqa: E402
 from experiments.runs import Watch  # noqa: E402
 from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ALPHABET = "0123456789+=\n"
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(ALPHABET))
 KINDS = {
     "llama": lambda **more: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)),
@@ -34,7 +33,7 @@ KINDS = {
         transformers.GPT2Config(vocab_size=len(ALPHABET), n_embd=16, n_layer=2, n_head=2, **more)
     ),
 }
-TASK = Sums(lambda text: [ALPHABET.index(c) for c in text], lambda tokens: "".join(ALPHABET[t] for t in tokens))
+TASK = sums_of_characters()
 
 
 @pytest.fixture(autouse=True)
@@ -346,9 +345,10 @@ def test_ten_other_architectures_are_read_once_as_well(kind):
                                  for m in (model, model.plain())), rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
-def test_an_offset_is_a_part_of_one_arm_alone(tmp_path):
-    """It starts at 0, moves all features alike, and is no parameter of any other arm."""
-    config = RealConfig(**real_model.QUICK | {"arms": "body.offset-only-2x1000,rl", "rl_steps": 2, "seeds": 1})
+def test_an_offset_is_a_part_of_the_arms_that_name_it_alone(tmp_path):
+    """It starts at 0, moves all features alike, and is no parameter of an arm that does not name it."""
+    arms = "body.offset-only-2x1000,body.offset-first-1x1000,rl"
+    config = RealConfig(**real_model.QUICK | {"arms": arms, "rl_steps": 2, "seeds": 1})
     (tmp_path / "parts").mkdir()
     seen, load_real = {}, real_model.load
     for arm in config.arm_list:
@@ -358,6 +358,7 @@ def test_an_offset_is_a_part_of_one_arm_alone(tmp_path):
             real_model.train(config, tmp_path, 0, arm, tqdm(disable=True))
     named = {arm: dict(model.named_parameters()) for arm, (model, _) in seen.items()}
     assert set(named["body.offset-only-2x1000"]) - set(named["rl"]) == {"body.offset"}
-    assert named["body.offset-only-2x1000"]["body.offset"].abs().max() > 1e-3
+    for arm in ("body.offset-only-2x1000", "body.offset-first-1x1000"):
+        assert named[arm]["body.offset"].abs().max() > 1e-3
     row = rows_without_seconds(tmp_path / "parts" / "body.offset-only-2x1000-seed0.csv")[-1]
     assert float(row["W_moved"]) == 0 < float(row["feature_change"])

@@ -5,11 +5,10 @@ Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark.py; the recipe
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from experiments.trl_recipe import ClassifierFirst, two_rates
+from experiments.trl_recipe import ClassifierFirst, character_tokenizer, two_rates
 
 # One process on a CPU, nothing but training: no files, no logs, no truncated sampling.
 PLAIN = dict(
@@ -24,14 +23,6 @@ PLAIN = dict(
     report_to="none",
     disable_tqdm=True,
 )
-
-
-def character_tokenizer(alphabet, end_token):
-    """One token per character, numbered as in `alphabet`, and an end token that also pads."""
-    vocabulary = {character: token for token, character in enumerate(alphabet)} | {"<end>": end_token}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
 
 
 def _pairs(gpt, hf):

@@ -50,6 +50,10 @@ class Evidence:
         """A measure at the end of an arm."""
         return over_seeds(self.values(arm, name), form)
 
+    def course(self):
+        """From which accuracy to which an arm's updates are counted."""
+        return f"{statistics.fmean(self.values('sft', 'accuracy')):.2f} to {self.config.threshold:g}"
+
     def gap(self, arm, base, name=RUN):
         """The same, less that of another arm, seed by seed."""
         return paired(self.summary, arm, base, name)
@@ -76,6 +80,10 @@ class Evidence:
 
     def speed(self, differences):
         return self.says(differences, SPEED["more"], SPEED["less"], SPEED["equal"])
+
+    def rises(self, arm):
+        """Does the top-1 probability on fixed states rise, and by how much?"""
+        return f"{self.says(self.values(arm, 'confidence_change'))}: {self.of(arm, 'confidence_change', '+.2f')}"
 
     def against(self, base, arm):
         return f"{self.faster(arm, base)}, {self.minus(arm, base)}"
@@ -194,7 +202,7 @@ FIRST_PAPER = (
     (
         "because features vary little",
         lambda e: (
-            f"at one rate {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}, else "
+            f"one rate {e.says(e.gap(ALIKE, VARIED, 'confidence_change'), margin=0.0)}, matched rates "
             f"{e.says(e.gap(ALIKE_KEPT, VARIED, 'confidence_change'), equal='no')}"
         ),
         "variability-sgd",
@@ -267,22 +275,24 @@ ANSWERS = {
     "control: CF-RL's rates, nothing frozen": CONTROL,
     "W fast throughout, nothing frozen": "fast-classifier",
 }
-STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real": "SmolLM2"}
+STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real-both": "SmolLM2"}
 
 
 def answers(results):
     """The first table: how many updates each way takes, in the toy and in a real model, and whether W first is better
     than W last. All that a column asks is asked together."""
     starts = {name: Evidence(results, name, looks=len(ANSWERS)) for name in STARTS}
-    headings = (f"{STARTS[name]}: to {e.config.threshold:g}, {e.config.seeds} seeds" for name, e in starts.items())
-    yield ["", *headings]
+    yield ["", *(f"{STARTS[name]}: {e.course()}, {e.config.seeds} seeds" for name, e in starts.items())]
     for label, arm in ANSWERS.items():
         cells = []
         for e in starts.values():
             time = time_to(e.config.threshold)
             cells.append(e.measured(time, arm) + (f", {e.compared(time, arm, 'rl')}" if arm != "rl" else ""))
         yield [label, *cells]
-    yield ["CF-RL against W last, at the end", *(e.compared(END, "cf-rl", "classifier-last") for e in starts.values())]
+    yield [
+        "CF-RL against W last, accuracy at the end",
+        *(e.compared(END, "cf-rl", "classifier-last") for e in starts.values()),
+    ]
 
 
 # On the toy and on a real model: claim, Evidence -> verdict and numbers. The arms and measures are the same in both.
@@ -291,9 +301,14 @@ BOTH = (
     ("its control against plain RL", lambda e: e.against("rl", CONTROL)),
     ("CF-RL against its control", lambda e: e.against(CONTROL, "cf-rl")),
     ("CF-RL against plain RL, stage 1 not counted, as the paper is said to count", lambda e: e.of_free()),
+    ("W alone, in all updates, against plain RL", lambda e: e.against("rl", e.arm("classifier-only"))),
     (
         "plain RL raises confidence (top-1 probability) on fixed states",
-        lambda e: f"{e.says(e.values('rl', 'confidence_change'))}: {e.of('rl', 'confidence_change', '+.2f')}",
+        lambda e: e.rises("rl"),
+    ),
+    (
+        "and so does plain RL on coin flips",
+        lambda e: e.rises("random-reward"),
     ),
     (
         "nine in ten inner products of features within responses are positive",
@@ -314,7 +329,7 @@ BOTH = (
 
 def side_by_side(results):
     """A row per claim: what the toy says of it, and what the real model does. Then how far each arm moved."""
-    toy, real = (Evidence(results, name, looks=len(BOTH)) for name in ("confidence", "real"))
+    toy, real = (Evidence(results, name, looks=len(BOTH)) for name in ("confidence", "real-both"))
     yield ["accuracy over the run", f"toy, {toy.config.seeds} seeds", f"SmolLM2, {real.config.seeds} seeds"]
     for claim, verdict in BOTH:
         yield [claim, verdict(toy), verdict(real)]

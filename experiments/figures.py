@@ -62,7 +62,7 @@ def plot_answer(evidence, path):
             axes.axvline(end, color="#555555", linestyle=":")
             axes.text(end, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
             axes.set(title=title, xlabel="updates", xlim=(0, last), ylim=(0, 1))
-        panels[0].set_ylabel("held-out accuracy")
+        panels[0].set_ylabel("accuracy: median and all seeds")
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
 
 

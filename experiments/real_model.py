@@ -249,8 +249,11 @@ def check_memory(config, lm, task, workers):
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-FAST = "fast-classifier-30x70"  # W's rates as real-tuning chose them: 70 times plain RL's here, 200 times in stage 1
-REAL_ARMS = f"rl,cf-rl,control,classifier-last,{FAST}"
+# Multiples of plain RL's rate as real-tuning chose them: of W in stage 1 it was 200. Everything's are the body's two
+# best of real-parts-tuning.
+FAST, W_ALONE = "fast-classifier-30x70", "classifier-only-30x200"
+ALL_FAST = ("everything-only-30x2", "everything-only-30x5")
+REAL_ARMS = ("rl,cf-rl,cf-rl-8x200,control,classifier-last", FAST, W_ALONE, *ALL_FAST, "random-reward")
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ class RealConfig(Config):
     lr: float = option(5e-6, "Adam's learning rate in RL")
     classifier_lr: float = option(1e-3, "Adam's learning rate for the classifier in stage 1")
     seeds: int = option(8, "how many seeds, counted up from --seed")
-    arms: str = option(REAL_ARMS, "arms, by commas; all of experiments/arms.py without imitation")
+    arms: str = option(",".join(REAL_ARMS), "arms, by commas; all of experiments/arms.py without imitation")
     eval_every: int = option(1, "updates between two evaluations on held-out prompts")
     eval_prompts: int = option(45, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
     threshold: float = option(0.6, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
@@ -310,13 +313,25 @@ WITHOUT = (
 )  # flags
 OFFSET = "body.offset"  # a part that arms can train: W times it is added to the logits of all states
 MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
-TRIED = [f"{arm}x{multiple}" for arm in ("cf-rl-4", "fast-classifier-10") for multiple in MULTIPLES]
+ROLES = ("cf-rl-4", "fast-classifier-10", "classifier-only-10")
+TRIED = [f"{arm}x{multiple}" for arm in ROLES for multiple in MULTIPLES]
 TUNING = dict(seed=100, rl_steps=10, eval_every=2)
+# Other parts, by the names of SmolLM2's parameters, at the multiples that were tried for each alone.
+PARTS = {OFFSET: (100, 1000, 10000, 100000), "body.base.norm": (100, 1000, 10000, 100000), "body": (1, 2, 5)}
+PARTS |= {f"body.base.layers.{layer}": (1, 5, 20) for layer in (29, 15, 0)}
+PARTS |= {"body.base.embed_tokens": (5, 20, 100, 500)}
+TRIED_PARTS = [f"{part}-only-10x{multiple}" for part, multiples in PARTS.items() for multiple in multiples]
+CHOSEN = {OFFSET: 10000, "body.base.norm": 100000, "body": 5, "body.base.embed_tokens": 500}
+CHOSEN |= {f"body.base.layers.{layer}": 20 for layer in (29, 15, 0)}
+PARTS_ALONE = [f"{part}-only-30x{multiple}" for part, multiple in sorted(CHOSEN.items())]
 # An experiment is other defaults for the flags, as in arms.py.
 EXPERIMENTS = {
     "real": {},
     "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
+    "real-gpu": dict(seeds=9, device="cuda", arms=f"rl,cf-rl,control,classifier-last,{FAST}"),
     "real-tuning": TUNING | dict(seeds=3, arms=",".join(TRIED)),
+    "real-parts-tuning": TUNING | dict(seeds=1, arms=",".join(TRIED_PARTS)),
+    "real-parts": dict(seeds=3, eval_every=5, arms=",".join(PARTS_ALONE)),
 }
 QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
 QUICK |= dict(arms="rl,cf-rl,control,classifier-last,fast-classifier,classifier-only,random-reward")
@@ -382,7 +397,8 @@ def check_real(args, config):
     lm, task = load(config, weights=False)
     config.check_names([OFFSET, *(f"body.base.{name}" for name, _ in lm.base_model.named_parameters())])
     check_memory(config, lm, task, args.workers)
-    load(config)
+    with torch.device(config.device):
+        load(config)
     return config
 
 

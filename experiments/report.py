@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,13 +108,18 @@ def size_table(results):
     return rows
 
 
-def reach_table(*starts):
-    """What each part gets alone, at the end, and first in W's place, over the run against plain RL: a claims.Evidence
-    for each start."""
+# The parts of the toy as SmolLM2's parameters are called, in which a block in the middle has no counterpart there.
+REAL_PARTS = {"shift": real_model.OFFSET, "norm": "body.base.norm", "embeddings": "body.base.embed_tokens"}
+REAL_PARTS |= {f"{name} block": f"body.base.layers.{i}" for name, i in {"last": 29, "middle": 15, "first": 0}.items()}
+
+
+def reach_table(starts, real):
+    """What each part gets alone, at the end, and in the toy first in W's place, over the run against plain RL: a
+    claims.Evidence for each start of the toy, and one of SmolLM2."""
     parts = [arm.partition("-only")[0] for arm in starts[0].config.arm_list if "-only-" in arm]
     rows = [["part", *["rate", "alone, at the end", "first, minus plain RL, over the run"] * len(starts)]]
     for part in parts:
-        rows.append([part])
+        rows.append([part.replace("-", " ")])
         for e in starts:
             arm, said = e.arm_alone(part), ""
             first = arm.replace("classifier-only-80", "cf-rl-20").replace("-only-80", "-first-20")
@@ -121,6 +127,17 @@ def reach_table(*starts):
                 gaps = over_seeds(speed.OVER_THE_RUN.gaps(e.config, e.summary, first, "rl"), "+.3f")
                 said = f"{gaps}: {speed.OVER_THE_RUN.said(e.config, e.summary, first, 'rl', len(parts) - 1)}"
             rows[-1] += [f"{arm.rpartition('x')[2]}×", e.alone(part), said]
+    rows.insert(4, ["middle block", *[""] * 3 * len(starts)])
+    rows[0] += ["in SmolLM2: rate", "alone, at the end"]
+    for row in rows[1:]:
+        match row[0]:
+            case "scattered":
+                row += ["", ""]
+            case "everything":
+                row += ["1×", real.of("rl", "accuracy")]
+            case part:
+                arm = real.arm_alone(REAL_PARTS.get(part, part))
+                row += [f"{arm.rpartition('x')[2]}×", real.of(arm, "accuracy")]
     return rows
 
 
@@ -183,23 +200,59 @@ def dip_table(config, summary):
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
-REAL_COLUMNS = (
-    ("accuracy", "accuracy", ".2f"),
-    ("entropy, fixed states", "probe_entropy", ".2f"),
-    ("top-1, fixed states", "probe_confidence", ".2f"),
-    ("features moved", "feature_change", ".2f"),
-    ("W moved", "W_moved", ".2%"),
-    ("body moved", "body_moved", ".3%"),
-    ("sec", "train_seconds", ".0f"),
-)
 FAST = real_model.FAST
 REAL_ASKED = (
     *((arm, "rl") for arm in ("cf-rl", "control", FAST)),
     *(("cf-rl", base) for base in ("control", "classifier-last", FAST)),
 )
-
-
 REAL_ASKED_AGAIN = (("cf-rl", "rl"), ("cf-rl", "classifier-last"))
+REAL_ASKED_LATER = (
+    *((arm, "rl") for arm in ("cf-rl-8x200", real_model.W_ALONE, *real_model.ALL_FAST, "random-reward")),
+    *((arm, FAST) for arm in real_model.ALL_FAST),
+)
+REAL_COLUMNS = (
+    *tables.MICROSCOPE[:3],
+    ("features moved", "feature_change", ".2f"),
+    ("W moved", "W_moved", ".2%"),
+    ("body moved", "body_moved", ".3%"),
+)
+
+
+def real_arms(config, summary):
+    """Each arm by each yardstick, and what became of the policy."""
+    heading, *rows = speed.arms_table(config, summary)
+    yield heading + [name for name, _, _ in REAL_COLUMNS]
+    for arm, row in zip(config.arm_list, rows, strict=True):
+        yield row + [tables.cell(summary[arm], *column) for _, *column in REAL_COLUMNS]
+
+
+def machines_table(results):
+    """SmolLM2's comparisons: the first yardstick on either machine and on fresh seeds, then all on the runs of both
+    machines. What only one machine ran is asked apart."""
+    machines = {"CPU": "real", "GPU": "real-gpu", "both": "real-both"}
+    cpu, gpu, both = (speed.compared_table(*results[name], REAL_ASKED) for name in machines.values())
+    fresh = {row[0]: row[1] for row in speed.compared_table(*results["real-again"], REAL_ASKED_AGAIN)}
+    seeds = [f"{cpu[0][1]}: {machine}, {results[name][0].seeds} seeds" for machine, name in machines.items()]
+    yield ["", *seeds, "on fresh seeds", *both[0][2:]]
+    for one, other, together in zip(cpu[1:], gpu[1:], both[1:], strict=True):
+        yield [*one[:2], other[1], together[1], fresh.get(one[0], ""), *together[2:]]
+    for one in speed.compared_table(*results["real"], REAL_ASKED_LATER)[1:]:
+        yield [*one[:2], "", "", "", *one[2:]]
+
+
+def together(first, second):
+    """Runs of one experiment on two machines as one run: arms have the seeds of both, the second's counted on. Random
+    numbers differ between machines, so no two are the same run."""
+    (config, summary), (other, more) = first, second
+
+    def joined(ours, theirs):
+        if isinstance(ours, dict):
+            return {name: joined(values, theirs[name]) for name, values in ours.items() if name in theirs}
+        return ours + theirs
+
+    counted = {arm: row | {"seed": [seed + config.seeds for seed in row["seed"]]} for arm, row in more.items()}
+    rows = {arm: joined(row, counted[arm]) if arm in counted else row for arm, row in summary.items()}
+    return replace(config, seeds=config.seeds + other.seeds), rows
 
 
 def tuning_rows(config, summary):
@@ -287,7 +340,7 @@ def prediction_table(update, prefix=""):
 def sections(results, update, found):
     """{name of a report mark: what the pages say there}."""
     config, summary = results["confidence"]
-    real = results["real"][1]
+    real_parts = results["real-both"][1] | results["real-parts"][1]
     rl = [arm for arm in config.arm_list if "reward" not in arm_named(arm).rl]
     learnt = {arm: summary[arm] for arm in rl}
     count = {name: lines_of_code(ROOT / name) for name in BOOK}
@@ -314,12 +367,9 @@ def sections(results, update, found):
         "rlif": markdown(*tables.table(results["rlif"][1])),
         "classifier": classifier_table(*results["classifier"]),
         "lp-ft": lp_ft_table(*results["lp-ft"]),
-        "real table": markdown(*tables.table(real, REAL_COLUMNS)),
-        "real arms": markdown(*speed.arms_table(*results["real"])),
-        "real compared": markdown(*speed.compared_table(*results["real"], REAL_ASKED)),
-        "real again": markdown(*speed.compared_table(*results["real-again"], REAL_ASKED_AGAIN)),
+        "real arms": markdown(*real_arms(*results["real-both"])),
+        "real compared": markdown(*machines_table(results)),
         "real tuning": markdown(*tuning_rows(*results["real-tuning"])),
-        "real microscope": markdown(*tables.table(tables.without_start(real), tables.MICROSCOPE)),
         **{
             f"{name} again": markdown(
                 *speed.compared_table(*results[f"{name}-again"], order.asked_again(order.tuned(*results[name])))
@@ -328,7 +378,12 @@ def sections(results, update, found):
         },
         **{f"{name} compared": markdown(*speed.compared_table(*results[name])) for name in SPEEDS},
         "accounts": accounts(results),
-        "parts reached": markdown(*reach_table(*(claims.Evidence(results, f"parts{s}") for s in ("", "-learning")))),
+        "parts reached": markdown(
+            *reach_table(
+                [claims.Evidence(results, f"parts{start}") for start in ("", "-learning")],
+                claims.Evidence({"": (results["real"][0], real_parts)}, ""),
+            )
+        ),
         "variability": markdown(*constant_table(results)),
         "scale": markdown(*scale_table(claims.Evidence(results, "scale"))),
         "robust": markdown(*speed.robust_table(robust)),
@@ -336,7 +391,7 @@ def sections(results, update, found):
     }
 
 
-ANSWER_TITLES = {"speed": "Toy: W that learns fast is what helps", "real": "SmolLM2: stage 1 is lost time"}
+ANSWER_TITLES = {"speed": "Toy: W that learns fast is what helps", "real-both": "SmolLM2: stage 1 is lost time"}
 MAPS = {"order": "a start that can add", "order-learning": "a start that cannot add yet"}
 SPEEDS = ("speed", "speed-learning")
 PAGES = (ROOT / "README.md", HERE / "results.md", HERE / "one_update.md")
@@ -356,12 +411,13 @@ def rewritten(texts):
 
 
 def load_results():
-    """{experiment: (its Config, its summary)}; one update of the first one's starting policy, looked at closely; and
-    what predictors.py found, with R's shares in the toy."""
+    """{experiment: (its Config, its summary)}, with real-both; one update of the first one's starting policy, looked at
+    closely; and what predictors.py found, with R's shares in the toy."""
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     found = runs.pop("predictors") | {"toy": runs["confidence"]["shares"]}
     kinds = {name: RealConfig if name in real_model.EXPERIMENTS else Config for name in runs}
     results = {name: (kinds[name](**run["config"]), run["summary"]) for name, run in runs.items()}
+    results["real-both"] = together(results["real"], results["real-gpu"])
     return results, runs["confidence"]["update"], found
 
 

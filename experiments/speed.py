@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.tables import RUN, over_seeds
-from experiments.verdicts import MARGIN, TIME_MARGIN, in_words, judge
+from experiments.verdicts import MARGIN, TIME_MARGIN, in_words, judge, seeds_to_decide
 
 
 def times(config, summary, arm, threshold=None):
@@ -66,6 +66,13 @@ class Yardstick:
         verdict = judge(gaps, margins * self.margin(config, summary), looks)
         return in_words(verdict, {"more": more, "less": less, "equal": equal, "undecided": "undecided"})
 
+    def said_or_needed(self, config, summary, arm, base, looks):
+        """The verdict, or if there is none about how many seeds would decide."""
+        said, gaps = self.said(config, summary, arm, base, looks), self.gaps(config, summary, arm, base)
+        if said != "undecided":
+            return said
+        return f"undecided ({seeds_to_decide(gaps, self.margin(config, summary), looks)} seeds)"
+
 
 def time_to(threshold):
     return Yardstick(
@@ -112,7 +119,7 @@ def compared_table(config, summary, pairs=ASKED):
         rows.append([f"`{arm}` − `{base}`"])
         for each in yardsticks(config):
             gaps = over_seeds(each.gaps(config, summary, arm, base), "+" + each.form)
-            rows[-1].append(f"{gaps}: {each.said(config, summary, arm, base, len(pairs))}")
+            rows[-1].append(f"{gaps}: {each.said_or_needed(config, summary, arm, base, len(pairs))}")
     return rows
 
 

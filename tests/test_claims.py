@@ -4,6 +4,7 @@ import pytest
 
 from experiments.arms import Config
 from experiments.claims import STARTS, Evidence, answers
+from experiments.real_model import ALL_FAST, FAST
 from experiments.report import load_results
 from experiments.speed import END, time_to
 
@@ -82,9 +83,10 @@ def test_the_first_table_asks_all_of_a_column_together():
     fast = course((0, 0, 1, 1, 1), (0, 0, 1, 1, 1), (0, 0, 0, 1, 1))
     arms = {"rl": base, "cf-rl": fast, "control": fast, "fast-classifier-8x5": fast, "classifier-last": base}
     summary = {arm: {"seed": [0, 1, 2], "accuracy": accuracy, **row} for arm, row in arms.items()}
+    summary["sft"] = {"seed": [0, 1, 2], "accuracy": [0.1, 0.2, 0.3]}
     rows = list(answers(dict.fromkeys(STARTS, (CONFIG, summary))))
     assert [len(row) for row in rows] == [4] * 6 and rows[0][1:] == [
-        f"{title}: to 0.9, 3 seeds" for title in STARTS.values()
+        f"{title}: 0.20 to 0.9, 3 seeds" for title in STARTS.values()
     ]
     assert rows[1][1] == "8.0 ±0.0" and rows[2][1] == "4.7 ±2.9, undecided" and rows[5][1] == "equal"
     assert evidence(**summary).compared(time_to(0.9), "fast-classifier", "rl") == "faster"
@@ -108,7 +110,7 @@ def test_the_sentences_of_the_first_screen_rest_on_these_verdicts():
     """Updates to the threshold, and the end, at 5% among the comparisons of the results' own tables."""
     results = load_results()[0]
     toy, hard, real = (
-        Evidence(results, name, looks) for name, looks in (("speed", 8), ("speed-learning", 8), ("real", 6))
+        Evidence(results, name, looks) for name, looks in (("speed", 8), ("speed-learning", 8), ("real-both", 6))
     )
 
     def time(e, arm, base):
@@ -121,5 +123,11 @@ def test_the_sentences_of_the_first_screen_rest_on_these_verdicts():
     ends = [e.compared(END, "cf-rl", "classifier-last") for e in (toy, hard, real)]
     assert ends == ["equal", "undecided", "undecided"]
     assert max(load_results()[2]["shares"]["start"]["adam"]) < 0.01  # R's share of a step in SmolLM2
+    alone = Evidence(results, "parts")
+    assert alone.compared(END, "classifier-only-80x100", "everything-only-80x1") in ("equal", "higher")
+    gained = [real.gap(arm, "sft", "accuracy") for arm in (real.arm("classifier-only"), "rl")]
+    assert max(gained[0]) < 0.1 * min(gained[1])
+    later = Evidence(results, "real", looks=7)
+    assert {time(later, arm, base) for arm in ALL_FAST for base in ("rl", FAST)} == {"faster"}
     again = Evidence(results, "real-again", looks=2)
     assert time(again, "cf-rl", "rl") == "slower" and again.compared(END, "cf-rl", "classifier-last") == "undecided"

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,21 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, 
     assert "a quick run is on a random model" in refused(capsys, "--quick", "--model", empty, "--out", out)
     assert "no device 'meta'" in refused(capsys, "--quick", "--device", "meta", "--out", out)
     assert not out.exists()
+
+
+def test_the_checkpoint_is_tried_where_it_will_run(tmp_path, monkeypatch):
+    """Else its weights would be on one device and the prompt on another. cpu:0 is the same as cpu, but has another
+    name."""
+    loaded, where = real_model.load, []
+
+    def load(config, weights=True):
+        where.append(torch.get_default_device())
+        return loaded(config, weights)
+
+    monkeypatch.setattr(real_model, "load", load)
+    config = RealConfig(**real_model.QUICK | {"device": "cpu:0"})
+    real_model.check_real(SimpleNamespace(out=tmp_path, workers=1), config)
+    assert where[-1] == torch.device("cpu:0") and torch.get_default_device() == torch.device("cpu")
 
 
 def saved(lm, folder):

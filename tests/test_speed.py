@@ -1,8 +1,11 @@
 """How fast an arm is: times, areas and verdicts, from made-up curves."""
 
+from dataclasses import replace
+
 import pytest
 
 from experiments.arms import Config
+from experiments.report import together
 from experiments.speed import (
     AREA,
     ASKED,
@@ -83,13 +86,24 @@ def everything(**changes):
     return {**arms, **changes}
 
 
+def test_runs_of_two_machines_are_paired_each_on_its_own():
+    """Seed 0 of one is another run than seed 0 of the other. What only one machine ran stays as it is."""
+    ours = {"rl": arm(0.01, 0.02, 0.03), "cf-rl": arm(0.02, 0.04, 0.06), "control": arm(0.05)}
+    theirs = {"rl": arm(0.04, 0.05), "cf-rl": arm(0.05, 0.07)}
+    config, both = together((CONFIG, ours), (replace(CONFIG, seeds=2), theirs))
+    gaps = [END.gaps(config, summary, "cf-rl", "rl") for summary in (ours, theirs, both)]
+    assert gaps[2] == gaps[0] + gaps[1] and config.seeds == 5
+    assert [*times(config, both, "rl")] == both["rl"]["seed"] == [0, 1, 2, 3, 4]
+    assert both["control"] == ours["control"]
+
+
 def test_all_comparisons_of_a_table_are_asked_together():
     """Ten seeds whose ends differ by .03 +- .035 are decided alone, and not beside seven other questions."""
     noisy = arm(*[0.1] * 10)
     noisy["accuracy"] = [1.03 + sign * 0.035 for sign in (1, -1)] * 5
     summary = everything(**{"cf-rl": noisy})
     assert END.said(CONFIG, summary, "cf-rl", "rl") == "higher"
-    assert compared_table(CONFIG, summary)[1][-1].endswith("undecided")
+    assert compared_table(CONFIG, summary)[1][-1].endswith("undecided (16 seeds)")  # that would do, were they alike
     results = {"plain": (CONFIG, summary)}
     assert len(robust_table(results)) == 2 and robust_table(results)[1][0] == "plain"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.verdicts import SPEED, half_width, judge, student_t
+from experiments.verdicts import SPEED, half_width, judge, seeds_to_decide, student_t
 
 numbers = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
 
@@ -18,8 +18,18 @@ numbers = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
     [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.95, 4, 2.132), (0.999, 4, 7.173), (0.975, 9, 2.262), (0.975, 60, 2.000)],
 )
 def test_quantiles_of_student_s_t_are_the_textbook_s(p, freedom, t):
-    """Three decimals are printed there, and 200,000 steps of the sum reach four digits at 1 degree of freedom."""
-    assert abs(student_t(p, freedom) - t) < 2e-3
+    """Three decimals are printed there."""
+    assert abs(student_t(p, freedom) - t) < 6e-4
+    assert student_t(1 - p, freedom) == pytest.approx(-student_t(p, freedom), rel=1e-9)
+
+
+@given(st.floats(1e-6, 1 - 1e-6))
+def test_quantiles_of_student_s_t_are_exact_where_a_formula_is_known(p):
+    """One degree of freedom is Cauchy's distribution, tan(pi (p - 1/2)); two have (2p - 1) sqrt(2 / (1 - (2p - 1)^2)).
+    The former is a straight line in the angle; of the latter the sum misses .06% at the outermost p."""
+    s = 2 * p - 1
+    assert student_t(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-6, abs=1e-9)
+    assert student_t(p, 2) == pytest.approx(s * math.sqrt(2 / (1 - s * s)), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +132,26 @@ def test_where_the_interval_excludes_0_a_verdict_says_so_whatever_the_margin():
     values = [-0.010, -0.011, -0.009, -0.010, -0.010]
     assert [judge(values, margin=margin) for margin in (0.005, 0.01, 0.02)] == ["less", "less", "slightly less"]
     assert SPEED["slightly less"] == "slower, by less than the margin"
+
+
+@given(numbers, st.integers(1, 10))
+def test_as_many_seeds_as_are_needed_decide_and_fewer_do_not(differences, looks):
+    """An independent way to have more seeds of the same mean and, but for n - 1 against n, spread: each of the
+    differences several times."""
+    needed = seeds_to_decide(differences, looks=looks)
+    assert len(differences) <= needed <= 2000
+    assert (needed == len(differences)) == (judge(differences, looks=looks) != "undecided")
+    times = math.ceil(1.1 * needed / len(differences)) + 1
+    assert needed == 2000 or judge(differences * times, looks=looks) != "undecided"
+    assert needed == len(differences) or judge(differences, looks=looks, seeds=needed - 1) == "undecided"
+
+
+def test_twice_the_spread_takes_four_times_the_seeds():
+    """Of a difference that is none and a margin that is small against the spread: textbook, n grows as its square."""
+    differences = [0.2, -0.2] * 4
+    few, many = seeds_to_decide(differences), seeds_to_decide([2 * x for x in differences])
+    assert 3.9 < many / few < 4.1
+
+
+def test_what_no_number_of_seeds_would_decide_is_said_to_take_2000():
+    assert seeds_to_decide([5.0, -5.0, 0.0], margin=0.0) == 2000

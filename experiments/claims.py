@@ -302,14 +302,8 @@ BOTH = (
     ("CF-RL against its control", lambda e: e.against(CONTROL, "cf-rl")),
     ("CF-RL against plain RL, stage 1 not counted, as the paper is said to count", lambda e: e.of_free()),
     ("W alone, in all updates, against plain RL", lambda e: e.against("rl", e.arm("classifier-only"))),
-    (
-        "plain RL raises confidence (top-1 probability) on fixed states",
-        lambda e: e.rises("rl"),
-    ),
-    (
-        "and so does plain RL on coin flips",
-        lambda e: e.rises("random-reward"),
-    ),
+    ("plain RL raises confidence (top-1 probability) on fixed states", lambda e: e.rises("rl")),
+    ("and so does plain RL on coin flips", lambda e: e.rises("random-reward")),
     (
         "nine in ten inner products of features within responses are positive",
         lambda e: (

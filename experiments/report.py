@@ -21,7 +21,7 @@ from experiments.arms import EXPERIMENTS, Config, arm_named, generator
 from experiments.measures import MOVES, moves
 from experiments.one_update import closely
 from experiments.predictors import RATES, SAMPLES, overlap, rank_correlation, shares_over
-from experiments.real_model import RealConfig
+from experiments.real_model import ALL_FAST, FAST, OFFSET, W_ALONE, RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
 from minicfrl import Addition
@@ -109,8 +109,13 @@ def size_table(results):
 
 
 # The parts of the toy as SmolLM2's parameters are called, in which a block in the middle has no counterpart there.
-REAL_PARTS = {"shift": real_model.OFFSET, "norm": "body.base.norm", "embeddings": "body.base.embed_tokens"}
+REAL_PARTS = {"shift": OFFSET, "norm": "body.base.norm", "embeddings": "body.base.embed_tokens"}
 REAL_PARTS |= {f"{name} block": f"body.base.layers.{i}" for name, i in {"last": 29, "middle": 15, "first": 0}.items()}
+
+
+def reached(e, part):
+    """The rate at which a part was trained alone, and the accuracy at the end."""
+    return [f"{e.arm_alone(part).rpartition('x')[2]}×", e.alone(part)]
 
 
 def reach_table(starts, real):
@@ -126,8 +131,8 @@ def reach_table(starts, real):
             if first in e.summary:
                 gaps = over_seeds(speed.OVER_THE_RUN.gaps(e.config, e.summary, first, "rl"), "+.3f")
                 said = f"{gaps}: {speed.OVER_THE_RUN.said(e.config, e.summary, first, 'rl', len(parts) - 1)}"
-            rows[-1] += [f"{arm.rpartition('x')[2]}×", e.alone(part), said]
-    rows.insert(4, ["middle block", *[""] * 3 * len(starts)])
+            rows[-1] += [*reached(e, part), said]
+    rows.insert([row[0] for row in rows].index("first block"), ["middle block", *[""] * 3 * len(starts)])
     rows[0] += ["in SmolLM2: rate", "alone, at the end"]
     for row in rows[1:]:
         match row[0]:
@@ -136,8 +141,7 @@ def reach_table(starts, real):
             case "everything":
                 row += ["1×", real.of("rl", "accuracy")]
             case part:
-                arm = real.arm_alone(REAL_PARTS.get(part, part))
-                row += [f"{arm.rpartition('x')[2]}×", real.of(arm, "accuracy")]
+                row += reached(real, REAL_PARTS.get(part, part))
     return rows
 
 
@@ -200,15 +204,14 @@ def dip_table(config, summary):
     return markdown(*rows, *([name, *(f"{share:.4f}" for share in shares)] for name, shares in lowest.items()))
 
 
-FAST = real_model.FAST
 REAL_ASKED = (
     *((arm, "rl") for arm in ("cf-rl", "control", FAST)),
     *(("cf-rl", base) for base in ("control", "classifier-last", FAST)),
 )
 REAL_ASKED_AGAIN = (("cf-rl", "rl"), ("cf-rl", "classifier-last"))
 REAL_ASKED_LATER = (
-    *((arm, "rl") for arm in ("cf-rl-8x200", real_model.W_ALONE, *real_model.ALL_FAST, "random-reward")),
-    *((arm, FAST) for arm in real_model.ALL_FAST),
+    *((arm, "rl") for arm in ("cf-rl-8x200", W_ALONE, *ALL_FAST, "random-reward")),
+    *((arm, FAST) for arm in ALL_FAST),
 )
 REAL_COLUMNS = (
     *tables.MICROSCOPE[:3],
@@ -234,8 +237,8 @@ def machines_table(results):
     fresh = {row[0]: row[1] for row in speed.compared_table(*results["real-again"], REAL_ASKED_AGAIN)}
     seeds = [f"{cpu[0][1]}: {machine}, {results[name][0].seeds} seeds" for machine, name in machines.items()]
     yield ["", *seeds, "on fresh seeds", *both[0][2:]]
-    for one, other, together in zip(cpu[1:], gpu[1:], both[1:], strict=True):
-        yield [*one[:2], other[1], together[1], fresh.get(one[0], ""), *together[2:]]
+    for one, other, whole in zip(cpu[1:], gpu[1:], both[1:], strict=True):
+        yield [*one[:2], other[1], whole[1], fresh.get(one[0], ""), *whole[2:]]
     for one in speed.compared_table(*results["real"], REAL_ASKED_LATER)[1:]:
         yield [*one[:2], "", "", "", *one[2:]]
 
@@ -247,7 +250,7 @@ def together(first, second):
 
     def joined(ours, theirs):
         if isinstance(ours, dict):
-            return {name: joined(values, theirs[name]) for name, values in ours.items() if name in theirs}
+            return {name: joined(values, theirs[name]) for name, values in ours.items()}
         return ours + theirs
 
     counted = {arm: row | {"seed": [seed + config.seeds for seed in row["seed"]]} for arm, row in more.items()}

@@ -66,13 +66,6 @@ class Yardstick:
         verdict = judge(gaps, margins * self.margin(config, summary), looks)
         return in_words(verdict, {"more": more, "less": less, "equal": equal, "undecided": "undecided"})
 
-    def said_or_needed(self, config, summary, arm, base, looks):
-        """The verdict, or if there is none about how many seeds would decide."""
-        said, gaps = self.said(config, summary, arm, base, looks), self.gaps(config, summary, arm, base)
-        if said != "undecided":
-            return said
-        return f"undecided ({seeds_to_decide(gaps, self.margin(config, summary), looks)} seeds)"
-
 
 def time_to(threshold):
     return Yardstick(
@@ -113,13 +106,16 @@ def arms_table(config, summary, arms=None):
 
 
 def compared_table(config, summary, pairs=ASKED):
-    """Each comparison by each yardstick: the difference and what it allows to say, all rows asked together."""
+    """Each comparison by each yardstick: the difference and what it allows to say, all rows asked together; of what is
+    undecided, how many seeds would decide."""
     rows = [["", *(each.heading for each in yardsticks(config))]]
     for arm, base in pairs:
         rows.append([f"`{arm}` − `{base}`"])
         for each in yardsticks(config):
-            gaps = over_seeds(each.gaps(config, summary, arm, base), "+" + each.form)
-            rows[-1].append(f"{gaps}: {each.said_or_needed(config, summary, arm, base, len(pairs))}")
+            gaps, said = each.gaps(config, summary, arm, base), each.said(config, summary, arm, base, len(pairs))
+            if said == "undecided":
+                said += f" ({seeds_to_decide(gaps, each.margin(config, summary), len(pairs))} seeds)"
+            rows[-1].append(f"{over_seeds(gaps, '+' + each.form)}: {said}")
     return rows
 
 

@@ -320,7 +320,7 @@ MUTANTS = [
     ("experiments/verdicts.py", "torch.cat((below.new_zeros(1), below / below[-1]))", "below / below[-1]", "test_verdicts"),
     ("experiments/verdicts.py", "margin, looks, n) != \"undecided\"", "margin, 1, n) != \"undecided\"", "test_verdicts"),
     ("experiments/verdicts.py", "+ more.start", "", "test_verdicts"),
-    ("experiments/speed.py", "self.margin(config, summary), looks)} seeds", "self.margin(config, summary))} seeds", "test_speed"),
+    ("experiments/speed.py", "each.margin(config, summary), len(pairs))} seeds", "each.margin(config, summary))} seeds", "test_speed"),
     ("experiments/report.py", "[seed + config.seeds for seed in row[\"seed\"]]", "row[\"seed\"]", "test_speed"),
     ("experiments/report.py", "joined(row, counted[arm]) if arm in counted else row", "joined(row, counted.get(arm, row))", "test_speed"),
     ("experiments/speed.py", "(\"slower\", \"faster\", \"as fast\")", "(\"faster\", \"slower\", \"as fast\")", "test_speed"),

@@ -318,6 +318,19 @@ def test_each_part_has_the_rate_at_which_it_reached_most_alone(start):
         assert part == "everything" or f"{first}x{best.rpartition('x')[2]}" in parts.arm_list
 
 
+@pytest.mark.parametrize("tuned, used", [("real-tuning", "real"), ("real-parts-tuning", "real-parts")])
+def test_in_smollm2_each_part_has_the_rate_that_was_best_over_ten_updates(tuned, used):
+    """On seeds from 100 on, which no run has. CF-RL's is that of its stage 1."""
+    (tuning, tried), (run, _) = (load_results()[0][name] for name in (tuned, used))
+    assert tuning.seed == 100 and run.seed + run.seeds < 100
+    for way, arms_of in itertools.groupby(tuning.arm_list, lambda arm: arm.rpartition("-")[0]):
+        best = max(arms_of, key=lambda arm: sum(tried[arm]["accuracy_over_the_run"]))
+        in_run = [arm.stages(run) for arm in map(arms.arm_named, run.arm_list)]
+        rates = {(stages[0].trains, stages[0].lr, stages[0].classifier_lr) for stages in in_run}
+        first = arms.arm_named(best).stages(tuning)[0]
+        assert (first.trains, first.lr, first.classifier_lr) in rates, way
+
+
 def test_a_part_is_named_by_the_beginning_of_its_parameters_and_one_that_is_not_there_is_refused():
     """Alone or first, at a rate of its own, also as a cell; of a policy of one block the second is no part."""
     config = Config(arms="body.blocks.0.mlp-only,body.norm-first-3x7", rl_steps=8, classifier_steps=2, lr=1e-3)

@@ -2,15 +2,17 @@
 
     logits = W phi(x; theta)                                                                   (E1)
 
-The **body** (theta) turns a prefix x into the features phi, the last hidden state after the final LayerNorm; the
+The **body** (theta) turns a prefix x into the features phi, the last hidden state after the final LayerNorm. The
 **classifier** W, also called the unembedding, turns features into next-token logits. Paper: Tomihari, "Learning
-Dynamics in RL Post-Training for Language Models", arXiv 2601.04670. For the cut W is NOT tied to the token embedding,
-as GPT-2's is: tied, W would sit inside phi too, and to train W alone would move the features. (To untie a model:
-`head.weight = nn.Parameter(head.weight.detach().clone())`.) Everything else is GPT-2 with the exact GELU: learned
-positions, pre-norm blocks, a 4x MLP. Left out on purpose: dropout, fused attention (on CPU it has no forward-mode
-derivative, which theory asks for), devices, mixed precision.
+Dynamics in RL Post-Training for Language Models", arXiv 2601.04670.
 
-Shapes: B rows, T tokens, V vocabulary, d features, h heads, S positions attended to.
+In GPT-2, W and the token embedding are one matrix: they are tied. Here they are two, because a tied W is also a part of
+the body, and training it alone would move the features. (To untie a model:
+`head.weight = nn.Parameter(head.weight.detach().clone())`.) Everything else is GPT-2 but for the exact GELU: learned
+positions, pre-norm blocks, a 4x MLP. We leave out dropout, devices, mixed precision, and fused attention, which has no
+forward-mode derivative on a CPU, and ntk.py needs one.
+
+Shapes: P prompts, B rows, T tokens, V vocabulary, d features, h heads.
 """
 
 import math
@@ -20,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 
-def check(right: bool, fault: str):
-    """Raise ValueError, which says what is wrong, unless all is right."""
+def check(right: object, fault: str):
+    """Raise a ValueError that says what is wrong, unless it is right."""
     if not right:
         raise ValueError(fault)
 
@@ -61,15 +63,15 @@ class Attention(nn.Module):
         B, T, d = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, d // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, d/h)
-        if cache is not None:  # sampling: append this chunk's keys and values to those of the earlier positions
+        if cache is not None:  # while sampling we append these keys and values to those of the earlier positions
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        S = k.size(2)
-        scores = q @ k.transpose(2, 3) / math.sqrt(d // self.n_head)  # (B, h, T, S)
+        so_far = k.size(2)  # positions that can be attended to: T, and those in the cache
+        scores = q @ k.transpose(2, 3) / math.sqrt(d // self.n_head)  # (B, h, T, so_far)
         if T > 1:  # the last position has no future
-            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
-            scores = scores.masked_fill(future, -math.inf)  # -inf: it weighs exactly 0
+            future = torch.ones(T, so_far, dtype=torch.bool, device=x.device).triu(so_far - T + 1)
+            scores = scores.masked_fill(future, -math.inf)  # after the softmax the future weighs exactly 0
         return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, d))
 
 
@@ -98,7 +100,7 @@ class Body(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
 
     def forward(self, tokens, cache=None):
-        """`cache` holds one list per block, empty at first; with it, `tokens` continues the tokens of earlier calls."""
+        """With a cache, `tokens` continues those of earlier calls. A cache has one list per block, empty at first."""
         start = cache[0][0].size(2) if cache and cache[0] else 0
         end, block_size = start + tokens.size(1), self.position_embedding.num_embeddings
         check(end <= block_size, f"{end} tokens are more than block_size={block_size}")
@@ -113,6 +115,18 @@ class GPT(nn.Module):
     """A GPT as body and classifier; `model(tokens)` is (B, T) -> logits (B, T, V) in nats  (E1).
 
     `generator` draws the initial weights; without one torch's global generator does.
+
+    **What a policy is.** `sample`, `train_rl`, `supervised_finetune` and ntk.py take this class, or any nn.Module with
+
+        config.vocab_size           V: tokens are 0 to V-1
+        features(tokens)            (B, T) -> phi (B, T, d)
+        classifier                  a plain nn.Linear(d, V, bias=False) that shares its weight with nothing in the body
+        model(tokens)               classifier(features(tokens)) and nothing more (E1), for the last positions at least
+        body                        the nn.Module that holds all other parameters
+        body(tokens, cache)         phi of tokens that continue those of earlier calls. `sample` gives it an empty list
+                                    for each of `body.blocks`; the body keeps there what it likes, row by row
+
+    `check_policy` refuses what it can tell from that, and takes off the wrapper of torch.compile.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
@@ -124,7 +138,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:  # GPT-2 draws from N(0, 0.02): this narrow body learns faster from 0.1
-                into_residual = name.endswith(("attention.proj.weight", "mlp.2.weight"))  # 2 n_layer add up there
+                into_residual = name.endswith(("attention.proj.weight", "mlp.2.weight"))  # 2 n_layer of them add up
                 nn.init.normal_(parameter, 0, 0.1 / math.sqrt(2 * config.n_layer if into_residual else 1), generator)
 
     def features(self, tokens: Tensor) -> Tensor:
@@ -157,7 +171,28 @@ def residuals(logits: Tensor, actions: Tensor) -> Tensor:
     return g
 
 
-def check_tokens(model: GPT, tokens: Tensor):
+def check_policy(model: nn.Module, tokens: Tensor) -> nn.Module:
+    """The policy itself, out of torch.compile's wrapper. ValueError, naming the reason, unless it is what GPT says that
+    a policy is; the first row of `tokens` (B, T) is tried."""
+    model = getattr(model, "_orig_mod", model)
+    W, plain = model.classifier.weight, type(model.classifier) is nn.Linear and model.classifier.bias is None
+    plain = plain and isinstance(W, nn.Parameter)  # weight_norm, for one, computes it from others
+    check(
+        plain, f"the classifier must be nn.Linear with bias=False, else logits are not W phi (E1): {model.classifier}"
+    )
+    for name, parameter in model.body.named_parameters():
+        apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
+        check(apart, f"the classifier is tied to body.{name}, so W is a part of the body too: untie them")
+    with torch.no_grad():
+        logits, phi = model(tokens[:1]), model.features(tokens[:1])
+        W_phi = nn.functional.linear(phi[:, -logits.size(1) :], W)
+    rounding = 100 * torch.finfo(W.dtype).eps * W_phi.abs().max()  # because not every device adds in one order
+    odd = (logits - W_phi).abs().max() > rounding
+    check(not odd, "logits are not W phi (E1): either something is done to them, or dropout is on: call model.eval()")
+    return model
+
+
+def check_tokens(model: nn.Module, tokens: Tensor):
     """Raise ValueError unless `tokens` is a (B, T) batch of whole numbers inside the model's vocabulary."""
     right = tokens.ndim == 2 and tokens.dtype == torch.long
     check(right, f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype}")
@@ -167,28 +202,24 @@ def check_tokens(model: GPT, tokens: Tensor):
 
 @torch.no_grad()
 def sample(
-    model: GPT,
-    prompts: Tensor,
-    max_new_tokens: int,
-    end_token: int,
-    generator: torch.Generator | None = None,
-    samples: int = 1,
+    model: nn.Module, prompts: Tensor, max_new_tokens: int, end_token: int, generator=None, samples: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue every row of `prompts` (P, T0), `samples` times each, until its end token, by at most `max_new_tokens`.
 
-    Draws from softmax(logits) as it is, at temperature 1 and without truncation, so that the policy that samples is the
-    policy that is differentiated; without a generator it takes the most likely token instead.
+    We draw from softmax(logits) as it is, at temperature 1 and without truncation, because the policy that samples must
+    be the policy that is differentiated. Without a generator the most likely token is taken instead.
 
-    Returns, for B = P * samples rows in the prompts' order, tokens (B, T); mask (B, T), true on response tokens, the
-    end token included and nothing after it; and the logits (B, T-T0, V) that tokens[:, T0:] were drawn from. Shorter
-    rows are padded with the end token. ValueError for bad arguments, FloatingPointError for logits that are not finite.
+    There are B = P * samples rows, in the prompts' order. Returns tokens (B, T), in which shorter rows are padded with
+    the end token; mask (B, T), true on response tokens, the end token included and nothing after it; and the logits
+    (B, T-T0, V) that tokens[:, T0:] were drawn from. ValueError for bad arguments, FloatingPointError for logits that
+    are not finite.
     """
     check_tokens(model, prompts)
     check_counts(prompt_tokens=prompts.size(1), max_new_tokens=max_new_tokens, samples=samples)
     check(0 <= end_token < model.config.vocab_size, f"end token {end_token} is outside the vocabulary")
     cache = [[] for _ in model.body.blocks]
-    first = model.classifier(model.body(prompts, cache)[:, -1:])  # each prompt is read once
-    logits = [first.repeat_interleave(samples, dim=0)]  # (B, 1, V) each
+    first = model.classifier(model.body(prompts, cache)[:, -1:])  # (P, 1, V): each prompt is read once
+    logits = [first.repeat_interleave(samples, dim=0)]  # each (B, 1, V)
     for keys_and_values in cache:
         keys_and_values[:] = (x.repeat_interleave(samples, dim=0) for x in keys_and_values)
     tokens = prompts.repeat_interleave(samples, dim=0)  # (B, T0), and one longer with every token drawn
@@ -201,7 +232,7 @@ def sample(
         token = last.argmax(1, True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
         token[ended] = end_token
         tokens = torch.cat((tokens, token), dim=1)
-        mask = torch.cat((mask, ~ended[:, None]), dim=1)  # built while sampling: the end token earns credit too
+        mask = torch.cat((mask, ~ended[:, None]), dim=1)  # from what was sampled: the end token earns credit too
         ended = ended | (token[:, 0] == end_token)
         if ended.all() or tokens.size(1) == prompts.size(1) + max_new_tokens:
             return tokens, mask, torch.cat(logits, dim=1)

@@ -1,95 +1,175 @@
-"""Teach a tiny GPT to add, with plain RL and with classifier-first RL, and compare the two. It needs no arguments.
+"""Teach a tiny GPT to add, by reinforcement learning in three ways, and compare them: python train_toy.py
 
-Each seed's starting policy comes from supervised fine-tuning. From it every arm (a row of experiments/arms.py) trains
-with the same random numbers and the same number of samples and updates. At the end: two tables, curves, worked samples,
-and one sentence on who was faster and whether the matched control was too. With --out DIR the configuration, metrics,
-summary and policies are kept.
+The start is a policy that has imitated demonstrations: it adds, but not well. Then each of the ARMS below trains a copy
+of it, all with the same random numbers and equally many prompts, samples and updates. At the end come a table, two sums
+as each policy answers them, and who was faster. One seed takes about half a minute on a laptop's CPU, and gives the
+same bits again. Ctrl-C tells what is finished. Nothing is written but the picture that --plot asks for.
 """
 
-import sys
-import time
+import argparse
+import copy
+import zlib
+from pathlib import Path
 
-from experiments import cli
-from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, generator, train_as, turn_knob
-from experiments.figures import draw_run
-from experiments.measures import ToyView
-from experiments.order import print_map
-from experiments.runs import Watch, jobs, load_policy, policy_file
-from experiments.tables import filled, print_tables, verdict, write_summary
-from minicfrl import Addition, rollout, supervised_finetune
-from model import GPT
+import torch
+from tqdm import tqdm
+
+from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, supervised_finetune, train_rl
+from model import GPT, GPTConfig, check, confidence
+from ntk import exact_split, split_effect
+
+# The arms. A Stage says how many updates train what, at which rate of Adam, and the rate of W if that is another. A new
+# arm is one line; a stage may also train a part by its name: Stage(20, "body.blocks.1", 4e-4) trains the last block.
+ARMS = {
+    "rl": (Stage(80, "all", 4e-4),),
+    "cf-rl": (Stage(20, "classifier", 8e-3), Stage(60, "all", 4e-4)),
+    # Does the freezing help, or only W's high rate? The control has CF-RL's rates, and a fresh optimiser where CF-RL
+    # has one, but it freezes nothing. Where it is as fast as CF-RL, the high rate is enough.
+    "control": (Stage(20, "all", 4e-4, classifier_lr=8e-3), Stage(60, "all", 4e-4)),
+}
+PROMPTS, SAMPLES, PROBES = 32, 8, 32  # prompts of an update, responses to each; responses at whose states we look
+EVERY, EVALUATED, AT_THE_END = 4, 64, 256  # updates between evaluations; held-out prompts of each, and of the last one
+SFT_LR = 3e-3  # Adam's rate, at its highest, in the supervised fine-tuning that makes the start
+SFT_STEPS, SHORTER, THRESHOLD = 1000, 1, 0.9  # updates of that; divides all stages; the accuracy that is waited for
+QUICK = 400, 5, 0.4  # --quick: these in place of the three above
 
 
-def train_start(config, out, seed, arm, bar):
-    """The policy that every arm starts from: a GPT that has imitated demonstrations. It adds, but not well."""
-    task = Addition(config.digits)
-    model = GPT(config.architecture(task), generator(seed, "init"))
-    bar.reset(total=config.finetuning_steps)
-    clock = time.perf_counter()
-    for name, sft in config.finetuning().items():
-        for record in supervised_finetune(model, task, sft, generator(seed, name)):
-            bar.set_postfix_str(f"loss {record['loss']:.2f}", refresh=False)
-            bar.update()
-    watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar, time.perf_counter() - clock)
-    watch.write_row({})  # step 0 of every arm's curve
+def stream(seed, purpose):
+    """Random numbers of their own for each seed and purpose."""
+    return torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+
+
+def make_start(task, seed, sft, **sizes):
+    """A policy that has imitated demonstrations. `sft` is an SFTConfig; `sizes` are other sizes of the GPTConfig."""
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, **sizes), stream(seed, "init"))
+    updates, steps = supervised_finetune(model, task, sft, stream(seed, "sft")), sum(s.steps for s in sft.stages)
+    list(tqdm(updates, "start", steps, leave=False, disable=None))  # a generator works only when it is asked
     return model
 
 
-def train_arm(config, out, seed, arm, bar):
-    """The one loop: sample, compare, gradient, step (for most arms train_as is just minicfrl.train_rl), and look.
+def held_out(model, task, seed, prompts, samples=SAMPLES, purpose="evaluation"):
+    """Responses to sums that were never trained on. The random numbers are always the same."""
+    questions = [task.prompt(*pair) for pair in task.heldout_pairs[:prompts].tolist()]
+    return rollout(model, task, questions, samples, stream(seed, purpose))
 
-    Every arm of a seed starts from the same policy with the same random numbers.
+
+def describe(model, task, seed, questions):
+    """What is told of a policy: how often it is right, how sure it is, which patterns it uses; its answers."""
+    batch = held_out(model, task, seed, AT_THE_END)
+    first = batch.logits[:, 0].softmax(dim=1).mean(dim=0)  # (V,): the first token of a response chooses its pattern
+    shares = "/".join(f"{share:.2f}" for share in first[task.encode(task.patterns)])
+    row = f"{batch.rewards.mean():8.2f} {confidence(batch.state_logits).mean():5.2f} {shares}"
+    return {"row": row, "answers": [answer(model, task, seed, question) for question in questions], "curve": {}}
+
+
+def answer(model, task, seed, question):
+    """The likeliest response to a sum, and how many samples are right."""
+    likeliest = rollout(model, task, [question], 1)
+    right = int(rollout(model, task, [question], SAMPLES, stream(seed, "answers")).rewards.sum())
+    return f"{question}{likeliest.responses[0]:13} {'right' if likeliest.rewards else 'wrong'}, {right}"
+
+
+@torch.no_grad()
+def look(model, probe):
+    """The features (N, d) at the N states of `probe`, which is a rollout or has its tokens and state_mask; W (V, d)."""
+    return model.features(probe.tokens)[probe.state_mask], model.classifier.weight.clone()
+
+
+def train_arm(start, task, seed, name, stages, threshold, questions):
+    """Train a copy of the start as an arm does. train_rl makes the updates: it samples, compares, finds the gradient
+    and steps. After each of them we look at what it did to the top-1 probability, through W and through the body.
     """
-    task, model = load_policy(config, out, "sft", seed)
-    turn_knob(arm, config, seed, task, model)  # of most arms it does nothing
-    watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar)
-    bar.reset(total=config.rl_steps)
-    for record in train_as(arm, config, seed, task, model):
-        watch.look(record)
-    return model
+    model, curve, effects = copy.deepcopy(start), {}, []
+    probe = held_out(start, task, seed, PROBES, samples=1, purpose="probe")
+    now = look(model, probe)
+    updates = train_rl(model, task, RLConfig(stages, PROMPTS, SAMPLES), stream(seed, "rl"))
+    bar = tqdm(updates, name, sum(stage.steps for stage in stages), leave=False, disable=None)
+    for step, _ in enumerate(bar, start=1):
+        before, now = now, look(model, probe)
+        effects.append(split_effect(before[0] @ before[1].T, *exact_split(*before, *now)))
+        if step % EVERY == 0:
+            curve[step] = held_out(model, task, seed, EVALUATED).rewards.mean().item()
+            bar.set_postfix_str(f"accuracy {curve[step]:.2f}")
+    run = {**describe(model, task, seed, questions), "curve": curve}
+    run["took"] = next((step for step, accuracy in curve.items() if accuracy >= threshold), float("inf"))
+    through_W, through_body = (sum(each[f"confidence_by_{part}"] for each in effects) for part in ("W", "body"))
+    run["row"] += f" {run['took']:7} {through_W:+9.3f} {through_body:+12.3f}"
+    return run
 
 
-def show_answers(config, out, prompts):
-    """Each policy's most likely response to each prompt with the verifier's verdict, and its score in 8 samples."""
-    for prompt in prompts:
-        for arm in ("sft", *config.arm_list):
-            if policy_file(out, arm, config.seed).exists():
-                task, model = load_policy(config, out, arm, config.seed)
-                greedy = rollout(model, task, [prompt], 1)
-                right = int(rollout(model, task, [prompt], SAMPLES, generator(config.seed, "answers")).rewards.sum())
-                tick = "✓" if greedy.rewards.item() else "✗"
-                print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {arm}")
+def tell(runs, threshold):
+    """Print what is known of the runs: the table, the answers, and who was faster."""
+    print(f"""\nOn held-out sums, at the end: accuracy; top-1, the probability of the likeliest
+token; shares of the patterns direct/scratch/guess; updates until accuracy {threshold}
+(inf: never); how much the updates raised top-1 through W, and through the body
+policy   accuracy top-1          d/s/g updates through W through body""")
+    print(*(f"{name:8} {run['row']}" for name, run in runs.items()), sep="\n")
+    print(f"\nThe likeliest response, and how many of {SAMPLES} samples are right:")
+    print(*(f"{name:8} {' '.join(run['answers'])}" for name, run in runs.items()), sep="\n")
+    if ARMS.keys() <= runs.keys():
+        rl, cf_rl, control = (runs[name]["took"] for name in ("rl", "cf-rl", "control"))
+        print(f"\nOn this seed {threshold} took plain RL {rl} updates, CF-RL {cf_rl}, and the control, which freezes")
+        print(f"nothing, {control}; but one seed decides nothing (the README has ten).")
 
 
-def run(config, out, args):
-    """The whole story. Returns the complaints of what stopped early."""
-    if cli.asking_a_saved_run(args):
-        show_answers(config, out, [args.ask])
-        return []
-    with jobs(config, out, args.workers) as do:  # in processes of their own; what is there already is not done again
-        complaints = do(train_start, ["sft"]) or do(train_arm, config.arm_list)
-    summary = write_summary(config, out)
-    if args.ask is not None:
-        show_answers(config, out, [args.ask])
-    elif config.cells:
-        print_map(config, summary)
-    elif summary:
-        print_tables(config, summary)
-        print("\nHeld-out sums: the most likely response, judged by the verifier")
-        task = Addition(config.digits)
-        show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
-        print("\n" + filled(verdict(config, summary)))
-    if args.plot:
-        draw_run(config, out, summary)
-    return complaints
+def draw(runs, path):
+    """Save a picture of accuracy against updates."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(layout="constrained").subplots()
+    for name, run in runs.items():
+        axes.plot(run["curve"].keys(), run["curve"].values(), label=name)
+    axes.set(xlabel="updates", ylabel="accuracy on held-out sums", ylim=(0, 1))
+    axes.legend()
+    axes.figure.savefig(path)
 
 
+def parse(argv):
+    """The arguments, the task, and the sums to answer. What is wrong is said in one sentence, with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(message.split())}\n")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--digits", type=int, default=2, choices=(1, 2, 3), help="of each operand")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, from a start that hardly adds")
+    parser.add_argument("--ask", nargs=1, metavar="47+85=", help="a sum to answer, in place of two held-out ones")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw accuracy against updates")
+    args = parser.parse_args(argv)
+    task = Addition(args.digits)
+    questions = args.ask or [task.prompt(*pair) for pair in task.heldout_pairs[-2:].tolist()]
+    try:
+        task.operands(questions[0])
+        if args.plot:
+            there = args.plot.parent.is_dir() and args.plot.suffix == ".png"
+            check(there, f"--plot takes a FILE.png in a folder that is there, not {args.plot}")
+            import matplotlib  # noqa: F401  before anything is trained
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    return args, task, questions
+
+
+@torch.random.fork_rng(devices=[])  # making a GPT draws from torch's global random numbers, which are our caller's
 def main(argv=None):
-    """The command line (experiments/cli.py). Returns the exit code."""
-    about_quick = "about 20 seconds, with a start that hardly adds"
-    toy = cli.Program("train_toy.py", __doc__, Config, EXPERIMENTS, QUICK, about_quick, run, cli.check_toy, asks=True)
-    return cli.main(toy, argv)
+    """Returns the exit code: 0, or 130 after Ctrl-C. A bad argument exits with 2."""
+    args, task, questions = parse(argv)
+    sft_steps, shorter, threshold = QUICK if args.quick else (SFT_STEPS, SHORTER, THRESHOLD)
+    runs, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # on matrices as small as these more are slower, and they would round otherwise
+    try:
+        print(f"A start that imitates for {sft_steps} updates, and from it: {', '.join(ARMS)}", flush=True)
+        start = make_start(task, args.seed, SFTConfig((Stage(sft_steps, lr=SFT_LR),)))
+        runs["start"] = describe(start, task, args.seed, questions)
+        for name, stages in ARMS.items():
+            stages = tuple(Stage(-(-s.steps // shorter), s.trains, s.lr, s.classifier_lr) for s in stages)
+            runs[name] = train_arm(start, task, args.seed, name, stages, threshold, questions)
+    except KeyboardInterrupt:
+        print("Interrupted. This is what was finished:")
+    finally:
+        torch.set_num_threads(threads)
+    tell(runs, threshold)
+    if args.plot:
+        draw(runs, args.plot)
+    return 0 if ARMS.keys() <= runs.keys() else 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

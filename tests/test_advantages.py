@@ -104,7 +104,7 @@ def test_rewards_that_differ_by_rounding_alone_are_equal():
 
 @given(rewards=groups(min_size=2))
 def test_rloo_is_the_reward_minus_the_mean_of_the_others(rewards):
-    """From the definition: r_i - (sum - r_i)/(G-1) = G/(G-1) (r_i - mean)."""
+    """From the definition: r_i - (sum - r_i)/(S-1) = S/(S-1) (r_i - mean)."""
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
     torch.testing.assert_close(group_advantages(rewards, "rloo"), rewards - others, rtol=0, atol=1000 * ROUNDING)
 
@@ -136,10 +136,10 @@ def test_a_reward_that_is_not_finite_is_refused_by_value(bad):
 
 
 def test_bad_shape_and_kind_are_refused():
-    with pytest.raises(ValueError, match=r"rewards must be \(P, G\) floats with G > 0, not \(3,\)"):
+    with pytest.raises(ValueError, match=r"rewards must be \(P, S\) floats with S > 0, not \(3,\)"):
         group_advantages(torch.zeros(3))
     for rewards in (torch.zeros(2, 0), torch.zeros(2, 3, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"floats with G > 0, not \(2, "):
+        with pytest.raises(ValueError, match=r"floats with S > 0, not \(2, "):
             group_advantages(rewards)
     with pytest.raises(ValueError, match="kind must be one of std, mean, rloo, none, not 'median'"):
         group_advantages(torch.zeros(1, 3), "median")

@@ -33,14 +33,14 @@ def listed_policy(seed):
     return model, logp, mask[:, 1:], rewards
 
 
-def expected_gradient(model, logp, mask, advantages_of_group, G):
-    """E over all groups of G responses of the gradient of policy_gradient_loss x its token count (the sum form)."""
+def expected_gradient(model, logp, mask, advantages_of_group, S):
+    """E over all groups of S responses of the gradient of policy_gradient_loss x its token count (the sum form)."""
     probability = (logp * mask).sum(dim=1).exp().detach()  # (7,)
     total = 0.0
-    for group in itertools.product(range(len(logp)), repeat=G):
+    for group in itertools.product(range(len(logp)), repeat=S):
         group = torch.tensor(group)
         loss = policy_gradient_loss(logp[group], advantages_of_group(group), mask[group]) * mask[group].sum()
-        total = total + probability[group].prod() * loss / G
+        total = total + probability[group].prod() * loss / S
     return -gradients(model, total)
 
 
@@ -55,12 +55,12 @@ def test_the_listed_responses_are_all_there_are():
     assert len(logp) == 7 and abs((logp * mask).sum(dim=1).exp().sum().item() - 1) < ROUNDING
 
 
-@given(seed=seeds, kind=st.sampled_from(["none", "rloo", "mean"]), G=st.integers(2, 3))
-def test_the_expected_estimate_is_the_gradient_of_the_expected_reward(seed, kind, G):
-    """No baseline and leave-one-out are unbiased; a mean that includes the sample gives (G-1)/G of it."""
+@given(seed=seeds, kind=st.sampled_from(["none", "rloo", "mean"]), S=st.integers(2, 3))
+def test_the_expected_estimate_is_the_gradient_of_the_expected_reward(seed, kind, S):
+    """No baseline and leave-one-out are unbiased; a mean that includes the sample gives (S-1)/S of it."""
     model, logp, mask, rewards = listed_policy(seed)
-    estimate = expected_gradient(model, logp, mask, lambda g: group_advantages(rewards[g][None], kind)[0], G)
-    scale = (G - 1) / G if kind == "mean" else 1.0
+    estimate = expected_gradient(model, logp, mask, lambda g: group_advantages(rewards[g][None], kind)[0], S)
+    scale = (S - 1) / S if kind == "mean" else 1.0
     exact = scale * exact_gradient(model, logp, mask, rewards)
     torch.testing.assert_close(estimate, exact, rtol=0, atol=EXACT)
 
@@ -78,20 +78,20 @@ def test_std_normalisation_changes_the_direction_of_the_expected_gradient(seed):
 @given(seed=seeds, strength=st.sampled_from([0.1, 0.5, 2.0]))
 def test_the_kl_penalty_descends_the_exact_kl(seed, strength):
     """(E6): grad KL(pi || ref) = E[(log pi - log ref) grad log pi], the other term being E[grad log pi] =
-    0. Autograd of the exact E[r] - lambda KL is the oracle; the group mean makes it (G-1)/G of that."""
+    0. Autograd of the exact E[r] - lambda KL is the oracle; the group mean makes it (S-1)/S of that."""
     model, logp, mask, rewards = listed_policy(seed)
     reference = listed_policy(seed + 1)[1].detach()
-    G = 2
+    S = 2
 
     def advantages(group):
-        log_ratio = centred_log_ratio(logp[group].detach(), reference[group], mask[group], G)
+        log_ratio = centred_log_ratio(logp[group].detach(), reference[group], mask[group], S)
         return (group_advantages(rewards[group][None], "mean") - strength * log_ratio)[0]
 
     sequence, sequence_reference = (logp * mask).sum(dim=1), (reference * mask).sum(dim=1)
     kl = (sequence.exp() * (sequence - sequence_reference)).sum()
     exact = gradients(model, (sequence.exp() * rewards).sum() - strength * kl)
-    estimate = expected_gradient(model, logp, mask, advantages, G)
-    torch.testing.assert_close(estimate, (G - 1) / G * exact, rtol=0, atol=EXACT)
+    estimate = expected_gradient(model, logp, mask, advantages, S)
+    torch.testing.assert_close(estimate, (S - 1) / S * exact, rtol=0, atol=EXACT)
 
 
 @given(seed=seeds)
@@ -102,18 +102,18 @@ def test_the_kl_penalty_is_zero_at_the_reference(seed):
     assert (centred_log_ratio(logp, logp, mask[:, 1:], 2) == 0).all()
 
 
-@given(seed=seeds, P=st.integers(1, 4), G=st.integers(1, 4))
-def test_the_log_ratio_of_a_response_is_compared_with_its_own_group(seed, P, G):
-    """(E6) by loops: the response's tokens alone count, row p*G + g is sample g of prompt p."""
+@given(seed=seeds, P=st.integers(1, 4), S=st.integers(1, 4))
+def test_the_log_ratio_of_a_response_is_compared_with_its_own_group(seed, P, S):
+    """(E6) by loops: the response's tokens alone count, row p*S + g is sample g of prompt p."""
     draw = generator(seed)
-    logp, reference = torch.randn(2, P * G, 3, generator=draw)
-    mask = torch.rand(P * G, 3, generator=draw) < 0.7
+    logp, reference = torch.randn(2, P * S, 3, generator=draw)
+    mask = torch.rand(P * S, 3, generator=draw) < 0.7
     ratios = [
         sum((x - y).item() for x, y, m in zip(*row, strict=True) if m)
         for row in zip(logp, reference, mask, strict=True)
     ]
-    expected = [[ratios[p * G + g] - sum(ratios[p * G : p * G + G]) / G for g in range(G)] for p in range(P)]
-    actual = centred_log_ratio(logp, reference, mask, G)
+    expected = [[ratios[p * S + g] - sum(ratios[p * S : p * S + S]) / S for g in range(S)] for p in range(P)]
+    actual = centred_log_ratio(logp, reference, mask, S)
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=10 * ROUNDING)
 
 

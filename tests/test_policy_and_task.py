@@ -1,0 +1,248 @@
+"""What a policy, a task and a reward must be: what is not is refused in one sentence, and never trained wrongly."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tiny import TinyTask, generator, seeds, tiny_gpt
+from torch import nn
+
+from minicfrl import Addition, RLConfig, SFTConfig, Stage, _demonstrations, rollout, supervised_finetune, train_rl
+from model import GPT, GPTConfig, check_policy
+from ntk import empirical_ntk
+
+STAGES = ["classifier", "all"]
+
+
+def update(model, task, trains="all", reward=None, prompts=4, samples=2, optimizer="sgd"):
+    """One update of RL; its record."""
+    changes = {} if reward is None else {"reward": reward}
+    config = RLConfig((Stage(1, trains, 0.1),), prompts, samples, optimizer=optimizer, baseline="none", **changes)
+    return next(train_rl(model, task, config, generator(0)))
+
+
+def policy():
+    return tiny_gpt(0, TinyTask.vocab_size, TinyTask.block_size)
+
+
+# --------------------------------------------------------------------------------------------------------------- reward
+
+
+@pytest.mark.parametrize("trains", STAGES)
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (2, 4), (2, 2), (8,), (4,), (), (4, 2, 1), (0, 2)])
+def test_rewards_of_another_shape_are_refused_in_both_kinds_of_stage(trains, shape):
+    """P = 4 prompts, S = 2 samples. (1, 8) would compare across groups, (8, 1) never learn, (2, 4) mix up groups."""
+    model, wrong = policy(), lambda batch, draws: torch.ones(shape)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"reward must return numbers of shape \(4, 2\), \(P, S\), not \("):
+        update(model, TinyTask(), trains, wrong)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+KINDS = {
+    "a list": lambda x: x.tolist(),
+    "an array": lambda x: x.numpy(),
+    "an array of integers": lambda x: x.numpy().astype(np.int32),
+    "float64": lambda x: x.double(),
+    "integers": lambda x: x.long(),
+    "truth values": lambda x: x.bool(),
+    "a tensor with a graph": lambda x: x.clone().requires_grad_() * 1,
+}
+
+
+@pytest.mark.parametrize("trains", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rewards_of_any_kind_of_number_train_as_the_verifier_s(kind, trains, dtype):
+    """To the bit, in the policy's own precision: 0 and 1 are the same in all of them."""
+    task = TinyTask({"a": 1.0, "b": 1.0, "": 1.0})
+    models = [policy().to(dtype) for _ in range(2)]
+    update(models[0], task, trains)
+    update(models[1], task, trains, lambda batch, draws: KINDS[kind](batch.rewards))
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+    assert not torch.equal(models[0].classifier.weight, policy().classifier.weight.to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------------------- policy
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class ScaledLater(GPT):
+    def forward(self, tokens):
+        return super().forward(tokens) / 3
+
+
+def with_classifier(head):
+    model = policy()
+    model.classifier = head(model.classifier)
+    return model
+
+
+def scaled(head):
+    new = Scaled(head.in_features, head.out_features, bias=False)
+    new.weight = head.weight
+    return new
+
+
+def tied():
+    model = policy()
+    model.classifier.weight = model.body.token_embedding.weight
+    return model
+
+
+def noisy():
+    model = policy()
+    model.body.norm = nn.Sequential(model.body.norm, nn.Dropout(0.5))
+    return model
+
+
+def old_weight_norm(head):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(head)
+
+
+ODD = {
+    "a bias": (lambda: with_classifier(lambda head: nn.Linear(head.in_features, head.out_features)), "bias=False"),
+    "scaled logits": (lambda: with_classifier(scaled), "bias=False"),
+    "scaled logits, in forward": (lambda: ScaledLater(GPTConfig(5, 3, 1, 2, 8), generator(0)), "logits are not W phi"),
+    "weight norm": (lambda: with_classifier(nn.utils.parametrizations.weight_norm), "bias=False"),
+    "weight norm as it was": (lambda: with_classifier(old_weight_norm), "bias=False"),
+    "tied": (tied, "the classifier is tied to body.token_embedding.weight"),
+    "dropout": (noisy, r"dropout is on: call model.eval\(\)"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_policy_whose_logits_are_not_w_phi_is_refused_by_both_loops_and_by_the_kernel(kind):
+    """For (E4) and for the split of the kernel they must be W phi: with logits of 3 W phi, (E4) is a third of the
+    gradient. In whatever stage, because what W alone can do is compared with what everything can."""
+    make, message = ODD[kind]
+    task, tokens = TinyTask({"a": 1.0}), torch.tensor([[0, 1]])
+    for trains in STAGES:
+        with pytest.raises(ValueError, match=message):
+            update(make(), task, trains)
+    with pytest.raises(ValueError, match=message):
+        next(supervised_finetune(make(), Letters(), SFTConfig((Stage(1),), mixture=(1, 1)), generator(0)))
+    with pytest.raises(ValueError, match=message):
+        empirical_ntk(make(), tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+@given(seed=seeds, vocab_size=st.integers(2, 6), size=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_a_policy_as_the_book_makes_it_is_taken_whatever_its_size(seed, vocab_size, size):
+    model = tiny_gpt(seed, vocab_size)
+    with torch.no_grad():
+        model.classifier.weight *= size
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert check_policy(model.to(dtype), torch.tensor([[0, 1]])) is model
+
+
+@pytest.mark.parametrize("trains", STAGES)
+def test_a_compiled_policy_trains_as_the_policy_in_it(trains):
+    models = [policy() for _ in range(2)]
+    for model in (models[0], torch.compile(models[1], backend="eager")):
+        update(model, TinyTask({"a": 1.0, "b": 0.5}), trains)
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------- task
+
+
+class Letters:
+    """Four questions, answered by repeating their letter once or twice: another alphabet than the book's, the end token
+    first. Prompts can be of unequal lengths, and texts can have a begin token."""
+
+    alphabet, end_token, vocab_size, block_size = "wxyz?", 0, 7, 8
+    begin_token = 6
+
+    def __init__(self, patterns="12", begins=False, lengths=(1, 1, 1, 1)):
+        self.patterns, self.begins, self.lengths = patterns, begins, lengths
+        self.train_pairs = self.heldout_pairs = torch.tensor([[0, 0], [1, 0], [2, 0], [3, 0]])
+
+    def prompt(self, a, b):
+        return self.alphabet[a] * self.lengths[a] + "?"
+
+    def encode(self, text):
+        return [self.begin_token] * self.begins + [1 + self.alphabet.index(letter) for letter in text]
+
+    def decode(self, tokens):
+        return "".join("_" if token == self.begin_token else self.alphabet[token - 1] for token in tokens)
+
+    def verify(self, prompt, response):
+        return float(prompt[0] in response)
+
+    def demonstration(self, a, b, pattern, noise=0.0, generator=None):
+        return self.alphabet[a] * (1 + self.patterns.index(pattern) % 2)
+
+
+LENGTHS = st.tuples(*[st.integers(1, 3)] * 4)
+
+
+@given(seed=seeds, begins=st.booleans(), lengths=LENGTHS, patterns=st.sampled_from(["1", "12", "1234"]))
+@example(seed=0, begins=True, lengths=(1, 1, 1, 1), patterns="12")
+@example(seed=0, begins=False, lengths=(1, 2, 3, 1), patterns="12")
+def test_fine_tuning_credits_the_response_and_no_token_of_the_prompt(seed, begins, lengths, patterns):
+    """Whatever prompts are in tokens: with a begin token, and of unequal lengths."""
+    task = Letters(patterns, begins, lengths)
+    config = SFTConfig((Stage(1),), rows=8, mixture=(1.0,) * len(patterns))
+    tokens, mask = _demonstrations(task, config, generator(seed))
+    for row, marks in zip(tokens.tolist(), mask, strict=True):
+        response = [token for token, marked in zip(row, marks.tolist(), strict=True) if marked]
+        start = int(marks.int().argmax())
+        assert marks.tolist() == [start <= t < start + len(response) for t in range(len(row))]  # in one piece
+        asked = task.decode(row[begins:start])
+        assert asked in {task.prompt(a, 0) for a in range(4)} and row[:start] == task.encode(asked)
+        answer = task.decode(response[:-1])
+        assert response[-1] == task.end_token and set(answer) == {asked[0]} and len(answer) <= 2
+
+
+def test_a_prompt_whose_tokens_change_with_what_follows_is_refused():
+    """As where a tokenizer merges the last token of the prompt with the first of the response."""
+
+    class Merging(Letters):
+        def encode(self, text):
+            return super().encode(text if text.endswith("?") else text.replace("?", ""))
+
+    with pytest.raises(ValueError, match="the tokens of '.\\?' do not begin those of '"):
+        _demonstrations(Merging(), SFTConfig((Stage(1),), mixture=(1, 1)), generator(0))
+
+
+@pytest.mark.parametrize("trains", STAGES)
+@pytest.mark.parametrize("patterns, begins", [("12", False), ("1234", False), ("1234", True)])
+def test_another_task_trains(patterns, begins, trains):
+    """Four patterns, another alphabet, the end token 0, a begin token: both loops move the policy and reward rises."""
+    task = Letters(patterns, begins)
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    sft = SFTConfig((Stage(30, lr=1e-2),), rows=16, mixture=(1.0,) * len(patterns))
+    losses = [record["loss"] for record in supervised_finetune(model, task, sft, generator(0))]
+    assert losses[-1] < 0.7 * losses[0]
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    config = RLConfig((Stage(40, trains, 2e-2),), prompts=8, samples=4)
+    rewards = [record["reward"] for record in train_rl(model, task, config, generator(0))]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+
+
+@pytest.mark.parametrize("mixture", [(1.0,), (0.4, 0.3, 0.3)])
+def test_a_mixture_that_does_not_fit_the_task_is_refused(mixture):
+    training = supervised_finetune(policy(), Letters(), SFTConfig((Stage(1),), mixture=mixture), generator(0))
+    with pytest.raises(ValueError, match="does not give one share for each of 12"):
+        next(training)
+
+
+def test_prompts_of_unequal_lengths_are_refused_in_a_rollout():
+    task = Letters(lengths=(1, 2, 1, 1))
+    with pytest.raises(ValueError, match=r"prompts must be equally long in tokens, not \[2, 3\]"):
+        rollout(tiny_gpt(0, task.vocab_size, task.block_size), task, ["w?", "xx?"], 2, generator(0))
+
+
+def test_the_book_s_own_task_is_one():
+    """All that the docstring of Addition lists is there."""
+    task = Addition(1)
+    for name in "train_pairs heldout_pairs prompt encode decode end_token block_size verify patterns".split():
+        assert hasattr(task, name) and name in Addition.__doc__

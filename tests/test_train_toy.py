@@ -1,0 +1,305 @@
+"""The program: it stands alone, says what it did, and leaves nothing behind."""
+
+import ast
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import generator, tiny_gpt
+
+import minicfrl
+import train_toy
+from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, train_rl
+from model import confidence
+from train_toy import ARMS, held_out, look, main, make_start, stream, train_arm
+
+ROOT = Path(__file__).parent.parent
+BOOK = ("model.py", "minicfrl.py", "fast_ntk.py", "ntk.py", "train_toy.py")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROW = r"(\w[\w-]*) +\d\.\d\d +\d\.\d\d \d\.\d\d/\d\.\d\d/\d\.\d\d( +(\d+|inf) +[+-]\d\.\d{3} +[+-]\d\.\d{3})?"
+
+
+# ------------------------------------------------------------------------------------------------------ it stands alone
+
+# Runs --quick in the current folder, and notes in which of its files functions were entered.
+DRIVER = """
+import json, os, sys
+here, entered = os.getcwd(), set()
+sys.path.insert(0, here)
+import train_toy
+sys.setprofile(lambda frame, event, argument: entered.add(frame.f_code.co_filename))
+code = train_toy.main(["--quick"])
+sys.setprofile(None)
+files = sorted(os.path.basename(file) for file in entered if file.startswith(here))
+result = {"code": code, "files": files, "experiments": [name for name in sys.modules if "experiments" in name]}
+with open(sys.argv[1], "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One --quick run in an empty folder that holds the five files alone, on a terminal that knows ASCII alone."""
+    folder, result = tmp_path_factory.mktemp("book"), tmp_path_factory.mktemp("result") / "result.json"
+    for name in BOOK:
+        shutil.copy(ROOT / name, folder)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-X", "utf8=0", "-c", DRIVER, str(result)],
+        cwd=folder,
+        env=environment | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return {**json.loads(result.read_text()), "folder": folder, "out": done.stdout.decode("ascii")}
+
+
+def test_the_five_files_run_in_an_empty_folder_and_enter_no_function_of_the_project_outside(quick):
+    """Nothing of experiments/ is imported; and nothing is written there."""
+    assert quick["code"] == 0 and quick["experiments"] == []
+    assert set(quick["files"]) <= set(BOOK) and "train_toy.py" in quick["files"]
+    assert sorted(path.name for path in quick["folder"].iterdir()) == sorted(BOOK)
+
+
+def test_no_file_of_the_book_imports_anything_of_the_project_but_the_book():
+    allowed = {"torch", "tqdm", "tiktoken"} | {Path(name).stem for name in BOOK} | set(sys.stdlib_module_names)
+    for name in BOOK:
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert all(m.split(".")[0] in allowed | {"matplotlib"} for m in modules), (name, modules)
+
+
+def test_what_a_run_prints_is_a_screen_of_80_ascii_columns(quick):
+    lines = quick["out"].splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 80 and quick["out"].isascii()
+    assert [found[1] for line in lines if (found := re.fullmatch(ROW, line))] == ["start", *ARMS]
+    sentence = " ".join(lines[-2:])
+    assert sentence.startswith("On this seed") and sentence.count(".") <= 2 and "one seed decides nothing" in sentence
+
+
+def test_the_readme_s_capture_has_the_layout_of_what_is_printed(quick):
+    """Numbers aside; and its table is about the same policies."""
+    captured = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "policy   accuracy" in block)
+
+    def layout(text):
+        rows = [re.fullmatch(ROW, line) for line in text.splitlines()]
+        return [found[1] for found in rows if found], [line for line in text.splitlines() if line.startswith("policy")]
+
+    assert layout(captured) == layout(quick["out"])
+
+
+# ----------------------------------------------------------------------------------------------------- what it measures
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Seconds become tenths: two updates of fine-tuning, 4, 1 + 3 and 1 + 3 of the arms, few prompts."""
+    settings = dict(QUICK=(2, 20, 0.5), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)
+    for name, value in settings.items():
+        monkeypatch.setattr(train_toy, name, value)
+
+
+FLAGS = ["--quick", "--digits", "1"]
+
+
+def test_the_control_differs_from_cf_rl_in_the_freezing_alone():
+    """Word for word what the arms are; and the control's first stage has CF-RL's length and its rate of W."""
+    assert ARMS == {
+        "rl": (Stage(80, "all", 4e-4),),
+        "cf-rl": (Stage(20, "classifier", 8e-3), Stage(60, "all", 4e-4)),
+        "control": (Stage(20, "all", 4e-4, classifier_lr=8e-3), Stage(60, "all", 4e-4)),
+    }
+    (alone, rest), (free, same) = ARMS["cf-rl"], ARMS["control"]
+    assert rest == same and alone.steps == free.steps and alone.lr == free.classifier_lr
+    assert sum(stage.steps for stage in ARMS["rl"]) == alone.steps + rest.steps
+
+
+def test_a_new_arm_is_one_line(tiny, monkeypatch, capsys):
+    """The last block first, as the comment beside ARMS says."""
+    monkeypatch.setitem(ARMS, "block", (Stage(20, "body.blocks.1", 4e-4), Stage(60, "all", 4e-4)))
+    assert main(FLAGS) == 0
+    printed = capsys.readouterr().out
+    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == ["start", *ARMS]
+
+
+def test_the_same_seed_prints_the_same_and_another_seed_does_not(tiny, capsys):
+    printed = []
+    for seed in ("0", "0", "-1"):
+        torch.rand(3)  # the global random state plays no part
+        assert main([*FLAGS, "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_every_purpose_and_seed_has_random_numbers_of_its_own():
+    draws = [
+        stream(seed, purpose).initial_seed() for seed in (0, 1, -1) for purpose in ("init", "sft", "rl", "answers")
+    ]
+    assert len(set(draws)) == len(draws) and stream(3, "rl").initial_seed() == stream(3, "rl").initial_seed()
+
+
+def test_an_arm_is_train_rl_on_a_copy_of_the_start_and_its_row_is_what_it_measured(tiny):
+    """Trained once more by hand. What moved through W and through the body add up to the rise of the top-1
+    probability at the probe's states, but for what both do together, which in a stage of W alone is nothing."""
+    task = Addition(1)
+    start = tiny_gpt(0, task.vocab_size, task.block_size)
+    before, twin = copy.deepcopy(start.state_dict()), copy.deepcopy(start)
+    stages = (Stage(4, "classifier", 1e-2),)
+    run = train_arm(start, task, 0, "W", stages, 0.0, [task.prompt(1, 2)])
+    assert all(torch.equal(p, before[name]) for name, p in start.state_dict().items())
+    probe = held_out(start, task, 0, 4, samples=1, purpose="probe")
+    list(train_rl(twin, task, RLConfig(stages, 4, 8), stream(0, "rl")))
+    rise = [confidence(phi @ W.T).mean().item() for phi, W in (look(start, probe), look(twin, probe))]
+    accuracy, top_1, shares, took, through_W, through_body = run["row"].split()
+    assert float(through_W) == pytest.approx(rise[1] - rise[0], abs=1e-3) and through_body in ("+0.000", "-0.000")
+    pairs = task.heldout_pairs[:3].tolist()
+    batch = rollout(twin, task, [task.prompt(*pair) for pair in pairs], 8, stream(0, "evaluation"))
+    assert float(accuracy) == pytest.approx(batch.rewards.mean().item(), abs=0.006)
+    assert float(top_1) == pytest.approx(batch.state_logits.softmax(1).amax(1).mean().item(), abs=0.006)
+    first = twin(torch.tensor([task.encode(task.prompt(*pair)) for pair in pairs]))[:, -1].softmax(1).mean(0)
+    assert [float(share) for share in shares.split("/")] == pytest.approx(first[task.encode("dsg")].tolist(), abs=0.006)
+    assert list(run["curve"]) == [2, 4] and took == "2" and run["took"] == 2  # every accuracy is at least 0
+
+
+def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():
+    task, sft = Addition(1), SFTConfig((Stage(3, lr=1e-2),), rows=4)
+    model, same = (make_start(task, 0, sft, n_layer=1, n_embd=8) for _ in range(2))
+    assert len(model.body.blocks) == 1 and model.classifier.in_features == 8
+    fresh = minicfrl.nn.Linear(8, task.vocab_size, bias=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(model.classifier.weight, fresh.weight)
+
+
+def test_held_out_questions_are_never_training_questions():
+    task = Addition(1)
+    batch = held_out(tiny_gpt(0, task.vocab_size, task.block_size), task, 0, 5)
+    asked = {task.operands(task.decode(row[:4].tolist())) for row in batch.tokens}
+    assert asked == {tuple(pair) for pair in task.heldout_pairs[:5].tolist()}
+
+
+# --------------------------------------------------------------------------------------------------------------- asking
+
+
+def test_a_sum_is_asked_of_every_policy(tiny, capsys):
+    assert main([*FLAGS, "--ask", "4+7="]) == 0
+    answers = [line for line in capsys.readouterr().out.splitlines() if "4+7=" in line]
+    assert [line.split()[0] for line in answers] == ["start", *ARMS]
+    assert all(re.search(r"(right|wrong), [0-8]$", line.rstrip()) for line in answers)
+
+
+def test_a_picture_is_written_and_nothing_else(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main([*FLAGS, "--plot", "curves.png"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, fault",
+    [
+        (["--ask", "4+7"], "'4+7' is not a prompt such as '1+2='"),
+        (["--ask", "47+85="], "'47+85=' is not a prompt such as '1+2='"),
+        (["--ask", ""], "'' is not a prompt"),
+        (["--ask"], "expected 1 argument"),
+        (["--digits", "4"], "invalid choice: 4"),
+        (["--seed", "one"], "invalid int value: 'one'"),
+        (["--plot", "curves.pdf"], "--plot takes a FILE.png in a folder that is there, not curves.pdf"),
+        (["--plot", "nowhere/at/all.png"], "--plot takes a FILE.png in a folder that is there"),
+        (["--arms", "rl"], "unrecognized arguments"),
+        (["two\nlines"], "unrecognized arguments: two lines"),
+    ],
+)
+def test_a_bad_argument_ends_in_one_sentence_before_any_work(flags, fault, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_toy, "make_start", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--digits", "1", *flags])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and fault in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_matplotlib_is_missing_a_picture_is_refused_before_any_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(train_toy, "make_start", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--plot", str(tmp_path / "curves.png")])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "matplotlib" in printed.err
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize("finished", range(4))
+def test_ctrl_c_tells_what_is_finished(finished, tiny, capsys, monkeypatch):
+    """Interrupted in the start, and in each arm."""
+    names, calls = ["start", *ARMS][:finished], []
+
+    def interrupted(work):
+        def once(*arguments, **others):
+            calls.append(work)
+            if len(calls) > finished:
+                raise KeyboardInterrupt
+            return work(*arguments, **others)
+
+        return once
+
+    for name in ("make_start", "train_arm"):
+        monkeypatch.setattr(train_toy, name, interrupted(getattr(train_toy, name)))
+    assert main(FLAGS) == 130
+    printed = capsys.readouterr().out
+    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == names
+    assert "Interrupted" in printed and "On this seed" not in printed
+
+
+STARTED = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+STARTED += "runpy.run_path('train_toy.py', run_name='__main__')"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_a_real_ctrl_c_ends_the_program_without_a_traceback():
+    """Python installs its handler by itself, unless a shell in the background has SIGINT ignored: hence `signal`."""
+    command = [sys.executable, "-u", "-c", STARTED]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()  # the first line says that the start is being made
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Interrupted" in out and "Traceback" not in err
+
+
+def test_the_caller_s_process_is_left_as_it_was(tiny, monkeypatch):
+    """Threads, signal handlers, the global random state, environment and folder: a notebook calls main too."""
+
+    def process():
+        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+        return torch.get_num_threads(), handlers, torch.get_rng_state().tolist(), dict(os.environ), os.getcwd()
+
+    torch.set_num_threads(2)
+    try:
+        before = process()
+        assert main(FLAGS) == 0 and process() == before
+        monkeypatch.setattr(train_toy, "train_arm", None)  # whatever goes wrong
+        with pytest.raises(TypeError):
+            main(FLAGS)
+        assert process() == before
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_generators_are_on_the_default_device():
+    assert stream(0, "rl").device == generator(0).device

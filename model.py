@@ -183,6 +183,7 @@ def check_policy(model: nn.Module, tokens: Tensor) -> nn.Module:
     for name, parameter in model.body.named_parameters():
         apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
         check(apart, f"the classifier is tied to body.{name}, so W is a part of the body too: untie them")
+    check_tokens(model, tokens)
     with torch.no_grad():
         logits, phi = model(tokens[:1]), model.features(tokens[:1])
         W_phi = nn.functional.linear(phi[:, -logits.size(1) :], W)

@@ -129,7 +129,7 @@ def test_a_policy_whose_logits_are_not_w_phi_is_refused_by_both_loops_and_by_the
         with pytest.raises(ValueError, match=message):
             update(make(), task, trains)
     with pytest.raises(ValueError, match=message):
-        next(supervised_finetune(make(), Letters(), SFTConfig((Stage(1),), mixture=(1, 1)), generator(0)))
+        next(supervised_finetune(make(), TinyTask(), SFTConfig((Stage(1),), mixture=(1, 1)), generator(0)))
     with pytest.raises(ValueError, match=message):
         empirical_ntk(make(), tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -233,6 +233,15 @@ def test_a_mixture_that_does_not_fit_the_task_is_refused(mixture):
     training = supervised_finetune(policy(), Letters(), SFTConfig((Stage(1),), mixture=mixture), generator(0))
     with pytest.raises(ValueError, match="does not give one share for each of 12"):
         next(training)
+
+
+def test_a_task_with_more_tokens_than_the_policy_is_refused_by_both_loops():
+    for loop, config in (
+        (train_rl, RLConfig((Stage(1),))),
+        (supervised_finetune, SFTConfig((Stage(1),), mixture=(1, 1))),
+    ):
+        with pytest.raises(ValueError, match="token 5 is outside the vocabulary of 5"):
+            next(loop(tiny_gpt(0, 5, 8), Letters(), config, generator(0)))
 
 
 def test_prompts_of_unequal_lengths_are_refused_in_a_rollout():

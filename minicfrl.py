@@ -66,7 +66,7 @@ class RLConfig:
     stages: tuple[Stage, ...] = field(default_factory=two_stages)  # one after the other
     prompts: int = 32  # per update
     samples: int = 8  # responses per prompt: the group
-    optimizer: str = "adam"  # or sgd
+    optimizer: str | Callable = "adam"  # or sgd, or a function of parameter groups
     reward: Callable = lambda batch, generator: batch.rewards  # the verifier's (P, G), or those of another judge
     baseline: str = "std"  # the kind of group_advantages
     kl: float = 0.0  # lambda of (E6), per nat
@@ -241,7 +241,7 @@ def _optimizer(model, stage, kind, **settings):
     check(trained, f"trains={stage.trains!r} names no parameter of the model that can be trained")
     groups = [{"params": [p for p in trained if p is W], "lr": classifier_lr}]
     groups += [{"params": [p for p in trained if p is not W], "lr": stage.lr}]
-    return OPTIMIZERS[kind](groups, **settings)
+    return (kind if callable(kind) else OPTIMIZERS[kind])(groups, **settings)
 
 
 def _parameters(optimizer):
@@ -489,7 +489,8 @@ def _check_rl(config):
     check_counts(prompts=config.prompts, samples=config.samples)
     _check_rates(kl=config.kl)
     check(callable(config.reward), f"reward must be a function of a rollout, not {config.reward!r}")
-    _check_choice("optimizer", config.optimizer, OPTIMIZERS)
+    if not callable(config.optimizer):
+        _check_choice("optimizer", config.optimizer, OPTIMIZERS)
     _check_choice("baseline", config.baseline, BASELINES)
     grouped = config.samples > 1 or config.baseline == "none"
     check(grouped, f"samples=1 leaves the baseline {config.baseline!r} no group to compare with")

@@ -1,7 +1,6 @@
 """The training loops: what each stage may touch, what the control shares with CF-RL, and what is reproducible."""
 
 import copy
-import dataclasses
 import itertools
 import re
 import statistics
@@ -13,8 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import ROUNDING, TinyTask, generator, gradients, seeds, tiny_gpt
 
-from experiments.arms import coin_flips, log_probability, self_certainty
-from experiments.measures import Forced
+from experiments.arms import coin_flips, log_probability
 from minicfrl import (
     BASELINES,
     OPTIMIZERS,
@@ -90,13 +88,6 @@ def test_a_rollout_holds_what_was_sampled(seed, samples):
         # The prompts' letters can be sampled too: decode what is text, as the task does.
         assert task.decode(response[: len(response) - ended]) == text
         assert batch.rewards.flatten()[i] == (task.verify("", text) if ended else 0.0)
-
-
-@given(seed=seeds)
-def test_a_forced_pattern_starts_every_response_and_is_not_credited(seed):
-    batch = rollout(policy(seed), Forced(TinyTask(REWARDS), "a"), ["0", "1"], 3, generator(seed))
-    assert all(text.startswith("a") for text in batch.responses)
-    assert not batch.mask[:, :2].any() and batch.mask[:, 2].all()
 
 
 class FourPrompts(TinyTask):
@@ -319,40 +310,6 @@ def test_a_parameter_that_nothing_uses_is_skipped(trains):
             list(loop(each, Addition(1), config, generator(0)))
         assert torch.equal(model.body.unused, torch.ones(3)) and model.body.unused.grad is None
         assert all(torch.equal(p, model.get_parameter(name)) for name, p in twin.named_parameters())
-
-
-whole_numbers = st.integers(-3, 9)
-
-
-@given(steps=st.integers(1, 8), classifier_steps=whole_numbers, trains=st.sampled_from(TRAINS))
-@example(steps=4, classifier_steps=0, trains="classifier")
-@example(steps=4, classifier_steps=4, trains="classifier")
-@example(steps=4, classifier_steps=5, trains="classifier")
-def test_two_stages_are_the_first_updates_and_the_rest(steps, classifier_steps, trains):
-    """All of them can be of the first stage, or none: then nothing of that stage matters."""
-    if not 0 <= classifier_steps <= steps:
-        with pytest.raises(ValueError, match=f"classifier_steps={classifier_steps} is not between 0 and steps={steps}"):
-            two_stages(steps, classifier_steps)
-        return
-    stages = two_stages(steps, classifier_steps, 1e-3, 1e-2, trains)
-    first, rest = (
-        Stage(max(classifier_steps, 1), trains, 1e-3, 1e-2),
-        Stage(max(steps - classifier_steps, 1), "all", 1e-3),
-    )
-    assert stages == {0: (rest,), steps: (first,)}.get(classifier_steps, (first, rest))
-
-
-@pytest.mark.parametrize("classifier_steps", [1.5, 2.0, True, None, "2"])
-def test_a_part_that_is_no_whole_number_is_refused(classifier_steps):
-    with pytest.raises(ValueError, match=f"classifier_steps={classifier_steps!r} is not between 0 and steps=4"):
-        two_stages(4, classifier_steps)
-
-
-def test_the_control_of_cf_rl_is_its_stages_with_nothing_frozen():
-    """And RLConfig() is CF-RL."""
-    cf_rl, control = RLConfig().stages, two_stages(trains="all")
-    assert cf_rl == two_stages() and [stage.trains for stage in cf_rl] == ["classifier", "all"]
-    assert control == (dataclasses.replace(cf_rl[0], trains="all"), cf_rl[1])
 
 
 @given(seed=seeds)
@@ -596,18 +553,6 @@ def test_rl_raises_the_reward_and_supervision_lowers_the_loss():
     model = tiny_gpt(0, task.vocab_size, task.block_size)
     losses = [r["loss"] for r in supervised_finetune(model, task, sft(60, lr=1e-2, rows=32), generator(0))]
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_other_rewards_train_the_policy_where_the_verifier_rewards_nothing():
-    """TinyTask() is never content, so under its own reward nothing moves. To reward the sampled log-probability is to
-    descend the entropy: 60 updates leave a tenth of it."""
-    for reward in (RLConfig.reward, coin_flips, self_certainty, log_probability):
-        model = policy(0)
-        before = weights(model)
-        list(train_rl(model, TinyTask(), fast(1, reward=reward), generator(0)))
-        assert bool(moved(before, model)) == (reward is not RLConfig.reward)
-    _, records = trained(0, fast(60, reward=log_probability), TinyTask())
-    assert records[-1]["entropy"] < 0.1 * records[0]["entropy"]
 
 
 @pytest.mark.parametrize("classifier_steps", [0, 2])

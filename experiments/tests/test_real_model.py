@@ -20,10 +20,10 @@ from tiny import generator  # noqa: E402  after the check that it is there
 from tiny_runs import rows_without_seconds  # noqa: E402
 
 from experiments import real_model  # noqa: E402
-from experiments.arms import Config, coin_flips  # noqa: E402
+from experiments.arms import Config, coin_flips, two_stages  # noqa: E402
 from experiments.real_model import ALPHABET, CausalLM, RealConfig, Sums, load, success, sums_of_characters  # noqa: E402
 from experiments.runs import Watch  # noqa: E402
-from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
+from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(ALPHABET))

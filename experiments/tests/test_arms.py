@@ -273,16 +273,16 @@ def test_the_second_pass_over_a_batch_is_by_the_clipped_ratio(monkeypatch):
 
 
 def test_a_grade_is_the_share_of_right_digits_and_noise():
-    """Of 47+85=132 the answer 142 has two of three digits, 022 one, and what is too short or has no answer less."""
+    """Of 47+85=132 the answer 142 has two of three digits, 022 one; what is too short, too long or none has less."""
     task = Addition(2)
-    rows = [task.encode("47+85=" + response) for response in ("d142", "d022", "d13", "s1213", "d132")]
+    responses = ("d142", "d022", "d13", "s1213", "d132", "d1320")
+    rows = [task.encode("47+85=" + response) for response in responses]
     tokens = torch.tensor([row + [task.end_token] * (12 - len(row)) for row in rows])
-    mask = torch.arange(12) >= torch.tensor([6] * 5)[:, None]
-    responses = ("d142", "d022", "d13", "s1213", "d132")
-    batch = minicfrl.Rollout(tokens, mask, torch.zeros(5, 11, 17), torch.zeros(1, 5), responses)
-    noise = 0.1 * torch.randn(1, 5, generator=stream(0, "noise"))
+    mask = torch.arange(12) >= torch.tensor([6] * 6)[:, None]
+    batch = minicfrl.Rollout(tokens, mask, torch.zeros(6, 11, 17), torch.zeros(1, 6), responses)
+    noise = 0.1 * torch.randn(1, 6, generator=stream(0, "noise"))
     grades = graded(batch, stream(0, "noise")) - noise
-    assert grades[0].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 0, 1])
+    assert grades[0].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 0, 1, 3 / 4])
     assert set(JUDGES) == {"verifier", "coin-flips", "graded"}
 
 

@@ -168,7 +168,7 @@ def test_a_tokenizer_that_has_no_token_for_each_character_is_refused(encode):
 
 
 def run(out, *flags):
-    return real_model.main(["--quick", "--workers", "1", "--out", str(out), *flags])
+    return real_model.main(["real", "--quick", "--workers", "1", "--out", str(out), *flags])
 
 
 def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
@@ -207,7 +207,7 @@ def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
 
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        real_model.main([str(argument) for argument in arguments])
+        real_model.main(["real", *map(str, arguments)])
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
     return printed.err

@@ -454,7 +454,7 @@ def two_processes(tmp_path_factory):
         out = tmp_path_factory.mktemp(how)
         tiny("gpt2").save_pretrained(out / "model")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         done = subprocess.run([*command, how, str(out)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         seen[how] = [torch.load(out / f"rank-{rank}.pt") for rank in "01"]

@@ -19,7 +19,7 @@ from experiments import cli
 from experiments.arms import train_as
 from experiments.real_model import RealConfig, load
 from experiments.runs import write_text
-from minicfrl import Stage, _optimizer, group_advantages, rollout, sequence_logp
+from minicfrl import group_advantages, rollout, sequence_logp
 from model import check
 from ntk import influence
 from train_toy import stream
@@ -68,7 +68,7 @@ def ask(model, batch, advantages, right, rates):
     for kind, rate in rates.items():
         R, G = (inner(a, map(DIRECTIONS[kind], b)) for a, b in zip(asked, ascended, strict=True))
         row |= {(kind, "R alone"): R, (kind, "R + G"): R + G, (kind, "hidden states"): hidden}
-        optimizer = _optimizer(model, Stage(1, lr=rate), kind)
+        optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[kind](parameters, lr=rate)
         for p, gradient in zip(parameters, sum(ascended, []), strict=True):
             p.grad = -gradient
         optimizer.step()

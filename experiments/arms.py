@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,19 +17,10 @@ from types import SimpleNamespace
 import torch
 
 from experiments import knobs
-from experiments.variations import JUDGES, coin_flips, log_probability, self_certainty, train_twice
-from minicfrl import (
-    OPTIMIZERS,
-    Addition,
-    RLConfig,
-    SFTConfig,
-    Stage,
-    rollout,
-    supervised_finetune,
-    train_rl,
-    two_stages,
-)
+from experiments.variations import JUDGES, OPTIMIZERS, coin_flips, log_probability, self_certainty, train_twice
+from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, supervised_finetune, train_rl
 from model import GPT, GPTConfig, check, check_counts
+from train_toy import stream
 
 MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -49,6 +39,20 @@ class Arm:
     nudge: bool = False  # is W first moved as far as stage 1 moves it, but anywhere?
     scattered: bool = False  # does the first stage train as many parameters as W has, drawn from all?
     knob: tuple = ()  # of knobs.py, and how far it is turned
+
+
+def two_stages(steps=80, classifier_steps=20, lr=4e-4, classifier_lr=8e-3, trains="classifier") -> tuple[Stage, ...]:
+    """CF-RL: of all `steps` updates the first `classifier_steps` train W alone, at a rate of its own, the rest
+    everything at `lr`. Its rate matters most: here it is 20 times `lr`, and at `lr` CF-RL is slower than plain RL.
+
+    So is it the rate that helps, or the freezing? trains="all" makes the **matched control**: the same rates, the same
+    fresh optimiser, and nothing is frozen. classifier_steps=0 makes plain RL, of one stage. ValueError unless
+    0 <= classifier_steps <= steps.
+    """
+    right = type(classifier_steps) is int and 0 <= classifier_steps <= steps
+    check(right, f"classifier_steps={classifier_steps!r} is not between 0 and steps={steps}")
+    first = [Stage(classifier_steps, trains, lr, classifier_lr)] if classifier_steps else []
+    return (*first, Stage(steps - classifier_steps, "all", lr)) if classifier_steps < steps else tuple(first)
 
 
 def cf_rl(config, **changes):
@@ -324,6 +328,8 @@ class Config:
         check(0 <= self.sgd_lr < math.inf, f"sgd_lr must be finite and not negative, not {self.sgd_lr}")
         check(self.measures in MEASURED, f"measures must be one of {', '.join(MEASURED)}, not {self.measures!r}")
         check(self.judge in JUDGES, f"judge must be one of {', '.join(JUDGES)}, not {self.judge!r}")
+        known = ", ".join(OPTIMIZERS)
+        check(self.optimizer in OPTIMIZERS, f"optimizer must be one of {known}, not {self.optimizer!r}")
         check(self.passes in (1, 2), f"passes must be 1 or 2, not {self.passes!r}")
         check(self.passes == 1 or not self.kl, f"passes=2 has no KL penalty, so kl={self.kl} must be 0")
         self.architecture(Addition(self.digits))
@@ -415,8 +421,8 @@ class Config:
     def rl(self, arm):
         """The RLConfig of an arm, from the flags of the same names and what the arm changes; None if it has no RL."""
         stages, flags = arm_named(arm).stages(self), ("prompts", "samples", "baseline", "kl", "optimizer")
-        flags = {name: getattr(self, name) for name in flags} | {"reward": JUDGES[self.judge]}
-        return RLConfig(stages, **flags | arm_named(arm).rl) if stages else None
+        flags = {name: getattr(self, name) for name in flags} | {"reward": JUDGES[self.judge]} | arm_named(arm).rl
+        return RLConfig(stages, **flags | {"optimizer": OPTIMIZERS[flags["optimizer"]]}) if stages else None
 
     def jobs(self, *arms):
         return [(seed, arm) for seed in range(self.seed, self.seed + self.seeds) for arm in arms]
@@ -425,18 +431,13 @@ class Config:
 MAPPED = ("cf-rl", "control", "classifier-last", "spread")  # the arms that a map crosses with its cells
 
 
-def generator(seed, purpose):
-    """A stream of random numbers of its own for each seed and purpose."""
-    return torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def after_stage_1(config, seed, task, start: GPT) -> GPT:
     """What cf-rl's stage 1 makes of a starting policy, which stays as it is."""
     model = copy.deepcopy(start)
-    updates = train_rl(model, task, config.rl("cf-rl"), generator(seed, "rl"))
+    updates = train_rl(model, task, config.rl("cf-rl"), stream(seed, "rl"))
     list(itertools.islice(updates, config.classifier_steps))
     return model
 
@@ -450,7 +451,7 @@ def turn_knob(arm, config, seed, task, model):
             knobs.scale(model, a)
         case "s", s:
             prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
-            batch = rollout(model, task, prompts, 1, generator(seed, "knob"))
+            batch = rollout(model, task, prompts, 1, stream(seed, "knob"))
             phi = model.features(batch.tokens)[batch.state_mask]  # (N, d)
             knobs.add_constant(model, s * phi.square().sum(dim=1).mean().sqrt().item())
 
@@ -466,16 +467,16 @@ def scatter(model, draws):
 
 def train_as(arm, config, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
-    draws, imitation, rl = generator(seed, "rl"), arm_named(arm).imitation(config), config.rl(arm)
+    draws, imitation, rl = stream(seed, "rl"), arm_named(arm).imitation(config), config.rl(arm)
     if imitation:
         of_s = SFTConfig(imitation, mixture=(0.0, 1.0, 0.0), noise=0.0)
         yield from supervised_finetune(model, task, of_s, draws)
     if arm_named(arm).nudge:
-        direction = torch.randn(model.classifier.weight.shape, generator=generator(seed, "direction"))
+        direction = torch.randn(model.classifier.weight.shape, generator=stream(seed, "direction"))
         with torch.no_grad():
             moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight
             model.classifier.weight += direction * moved.norm() / direction.norm()
-    hooks = scatter(model, generator(seed, "scattered")) if arm_named(arm).scattered else []
+    hooks = scatter(model, stream(seed, "scattered")) if arm_named(arm).scattered else []
     before, train = sum(stage.steps for stage in imitation), train_twice if config.passes == 2 else train_rl
     for record in train(model, task, rl, draws) if rl else ():
         yield {**record, "step": before + record["step"], "stage": len(imitation) + record["stage"]}

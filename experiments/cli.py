@@ -1,4 +1,4 @@
-"""The command line of train_toy.py and of real_model.py: flags, refusals, signals, streams and exit codes.
+"""The command line of a run, of toy.py or of real_model.py: flags, refusals, signals, streams and exit codes.
 
 Flags are the fields of a Config. What is wrong with them is said in one sentence, with exit code 2, before any work.
 """
@@ -22,12 +22,13 @@ from experiments.runs import Damaged, owned_run, read_config
 from minicfrl import Addition
 from model import check, check_counts
 
+COMMAND = "python -m experiments"
+
 
 @dataclass(frozen=True)
 class Program:
     """A command: what it runs, and what differs between the two."""
 
-    name: str
     text: str  # what --help begins with
     config: type  # a dataclass, whose fields are flags
     experiments: dict  # {name: other defaults}
@@ -55,7 +56,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def make_parser(program):
     """A parser with a flag for each field of the program's Config, and those that all runs have."""
-    parser = Parser(program.name, description=program.text, formatter_class=Help, allow_abbrev=False)
+    parser = Parser(f"{COMMAND} run", description=program.text, formatter_class=Help, allow_abbrev=False)
+    names = ", ".join(program.experiments)
+    parser.add_argument("name", help=f"an experiment, other defaults: {names}", metavar="NAME")
 
     def flag(name, text, **how):
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
@@ -67,8 +70,6 @@ def make_parser(program):
     workers = min(2, os.cpu_count() or 1)
     flag("workers", f"processes, one thread each (default {workers})", type=int, default=workers, metavar="X")
     flag("out", "keep the results in DIR; if the same run is there, continue it", type=Path, metavar="DIR")
-    names = ", ".join(program.experiments)
-    flag("experiment", f"other defaults: {names} (README)", choices=program.experiments, metavar="NAME")
     quick = ", ".join(f"{name}={value}" for name, value in program.quick.items())
     flag("quick", f"{program.quick_text}: other defaults ({quick})", action="store_true")
     if program.asks:
@@ -102,7 +103,9 @@ def main(program: Program, argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(program)
     args = parser.parse_args(argv)
-    parser.set_defaults(**program.experiments.get(args.experiment, {}) | (program.quick if args.quick else {}))
+    if args.name not in program.experiments:
+        parser.error(f"{args.name!r} is no experiment: see {COMMAND} list")
+    parser.set_defaults(**program.experiments[args.name] | (program.quick if args.quick else {}))
     args = parser.parse_args(argv)
     clear = "\r\033[J" if sys.stderr.isatty() else ""  # what is left of the progress lines
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,7 @@ scale     W -> a W, and the gain and bias of the final norm by 1/a: the same fun
 constant  one more feature, which is always s, with weights of 0: the logits and G stay, R gains s^2, and all features
           become alike. SGD at rate e moves the new weights as a bias of the logits at rate s^2 e; Adam at rate s e.
 
-Proofs, as tests: tests/test_knobs.py. Our derivation.
+Proofs, as tests: experiments/tests/test_knobs.py. Our derivation.
 """
 
 import torch

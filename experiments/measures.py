@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from experiments.arms import MEASURED, SAMPLES, Config, generator
+from experiments.arms import MEASURED, SAMPLES, Config
 from experiments.variations import kl_divergence
 from minicfrl import Addition, Rollout, group_advantages, rollout
 from model import GPT, check, confidence, entropy, residuals
 from ntk import agreement, empirical_ntk, exact_split, split_effect
+from train_toy import look, stream
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
@@ -55,7 +56,7 @@ def make_probe(model: GPT, task, pairs: Tensor, generator) -> Probe:
 
 def start_probe(config, task, model, seed):
     """The probe of a run: up to 32 responses of the starting policy."""
-    return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], generator(seed, "probe"))
+    return make_probe(model, task, task.heldout_pairs[: min(32, config.eval_prompts)], stream(seed, "probe"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Scene:
         return self.task.heldout_pairs[: self.config.final_prompts if self.at_an_end else self.config.eval_prompts]
 
     def draws(self, purpose):
-        return generator(self.seed, purpose)
+        return stream(self.seed, purpose)
 
 
 # ------------------------------------------------------------------------------------------------ accuracy, confidence
@@ -369,20 +370,15 @@ class Microscope:
     """What moves a policy: its features and W on fixed states, at one look and at the next, by the exact split."""
 
     def __init__(self, model, tokens, mask):
-        self.model, self.tokens, self.mask, self.first = model, tokens, mask, first_states(mask)
-        self.phi, self.W = self.look()
-
-    @torch.no_grad()
-    def look(self):
-        """The features (N, d) and the classifier (V, d) as they are now."""
-        return self.model.features(self.tokens)[self.mask], self.model.classifier.weight.detach().clone()
+        self.model, self.tokens, self.state_mask, self.first = model, tokens, mask, first_states(mask)
+        self.phi, self.W = look(model, self)
 
     @torch.no_grad()
     def moved(self):
         """What moved the policy since the last look: the columns of ntk.split_effect. Also agreement_prompt and
         agreement_continuation: how far W's part alone points where the whole does, at the first state of each row, the
         end of the prompt, and at the others, as means."""
-        phi, W = self.look()
+        phi, W = look(self.model, self)
         logits, parts = self.phi @ self.W.T, exact_split(self.phi, self.W, phi, W)  # (N, V), three of them
         self.phi, self.W = phi, W
         cosines = agreement(parts[0], parts[1] + parts[2])  # (N,)

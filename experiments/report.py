@@ -1,4 +1,4 @@
-"""Write the pages' numbers and draw their pictures from the experiments' runs: python -m experiments.report [DIR ...]
+"""Write the pages' numbers and draw their pictures from the experiments' runs: python -m experiments report [DIR ...]
 
 Between a page's `report` marks nothing is typed by hand: this command writes it from results.json, its own copy of the
 runs' configurations and summaries, and a test checks that it would write the same again. Without a DIR it works from
@@ -10,14 +10,13 @@ import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from experiments import claims, figures, order, real_model, speed, tables
-from experiments.arms import EXPERIMENTS, Config, arm_named, generator
+from experiments.arms import EXPERIMENTS, Config, arm_named
 from experiments.measures import MOVES, moves
 from experiments.one_update import closely
 from experiments.predictors import RATES, SAMPLES, overlap, rank_correlation, shares_over
@@ -25,11 +24,14 @@ from experiments.real_model import ALL_FAST, FAST, OFFSET, W_ALONE, RealConfig
 from experiments.runs import load_policy, read_config, write_text
 from experiments.tables import at, over_seeds
 from minicfrl import Addition
+from model import check
+from train_toy import stream
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.json"
-BOOK = ("model.py", "minicfrl.py", "ntk.py", "train_toy.py")
+BOOK = [name for name in ("model.py", "minicfrl.py", "ntk.py", "fast_ntk.py", "train_toy.py") if (ROOT / name).exists()]
+NUMBERS = {4: "four", 5: "five"}
 LABORATORY = tuple(sorted(path.relative_to(ROOT).as_posix() for path in HERE.glob("*.py")))
 
 
@@ -42,6 +44,12 @@ def lines_of_code(path):
             prose |= set(range(node.lineno, node.end_lineno + 1))
     lines = enumerate(text.splitlines(), 1)
     return sum(1 for n, line in lines if n not in prose and line.strip() and not line.strip().startswith("#"))
+
+
+def size_of_the_book():
+    count = {name: lines_of_code(ROOT / name) for name in BOOK}
+    files = f"The {NUMBERS[len(BOOK)]} files are {sum(count.values())} lines of code"
+    return f"{files}, comments, docstrings and blanks aside: {', '.join(f'{name} {n}' for name, n in count.items())}."
 
 
 def markdown(heading, *rows, align="---:"):
@@ -266,13 +274,6 @@ def tuning_rows(config, summary):
     return rows
 
 
-def run_output(summary):
-    """The first table that the default command prints: its first seed, three of the arms."""
-    arms = ("sft", *Config.arms.split(","))
-    first = {arm: {name: row[:1] for name, row in summary[arm].items() if isinstance(row, list)} for arm in arms}
-    return "```\n" + "\n".join(tables.lines_of(tables.table(first, tables.PRINTED))) + "\n```"
-
-
 PREDICTORS = ("R + G", "R alone", "hidden states")
 
 
@@ -346,17 +347,13 @@ def sections(results, update, found):
     real_parts = results["real-both"][1] | results["real-parts"][1]
     rl = [arm for arm in config.arm_list if "reward" not in arm_named(arm).rl]
     learnt = {arm: summary[arm] for arm in rl}
-    count = {name: lines_of_code(ROOT / name) for name in BOOK}
     robust = {"as in `speed`": results["speed"]} | {n: r for n, r in results.items() if n.startswith("robust-")}
     learning = results["learning"]
     return {
         "answer": markdown(*claims.answers(results), align="---"),
-        "output": run_output(summary),
         "side by side": markdown(*claims.side_by_side(results), align="---"),
         "claims": markdown(*claims.rows(results), align="---"),
-        "size": f"The four files are {sum(count.values())} lines of code, comments, docstrings and blanks aside: "
-        + ", ".join(f"{name} {lines}" for name, lines in count.items())
-        + ".",
+        "size": size_of_the_book(),
         "predictors": markdown(*predictor_rows(found)),
         "shares": markdown(*share_rows(found)),
         "group": group_table(update),
@@ -425,6 +422,7 @@ def load_results():
 
 
 def main(folders):
+    """ValueError, before anything is written, for a folder that holds none of the experiments."""
     import matplotlib  # noqa: F401  fails before anything is written
 
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -434,14 +432,12 @@ def main(folders):
         if out.suffix == ".json":
             stored["predictors"] = rounded(json.loads(out.read_text(encoding="utf-8")))
             continue
-        if not (out / "summary.json").exists():
-            sys.exit(f"{out} is not the folder of a finished run")
+        check((out / "summary.json").exists(), f"{out} is not the folder of a finished run")
         try:
             record, config = read_config(out)
         except ValueError:
             record, config = read_config(out, RealConfig)
-        if config not in experiments:
-            sys.exit(f"{out} holds none of the experiments {', '.join(experiments.values())}")
+        check(config in experiments, f"{out} holds none of the experiments {', '.join(experiments.values())}")
         record["summary"] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         if config.measures == "accuracy":
             record["summary"] = without_the_rest(record["summary"])
@@ -485,7 +481,7 @@ def shares_in(config, out, arm):
     """R's share in a batch of each seed's policy (predictors.py)."""
     seeds = [seed for seed, _ in config.jobs(arm)]
     policies = [load_policy(config, out, arm, seed)[1] for seed in seeds]
-    return shares_over(policies, Addition(config.digits), config, [generator(seed, "predictors") for seed in seeds])
+    return shares_over(policies, Addition(config.digits), config, [stream(seed, "predictors") for seed in seeds])
 
 
 def without_the_rest(summary):
@@ -503,7 +499,3 @@ def rounded(values, digits=6):
     if isinstance(values, list):
         return [rounded(each, digits) for each in values]
     return float(f"{values:.{digits}g}") if isinstance(values, float) else values
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

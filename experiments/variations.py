@@ -3,9 +3,9 @@
 import functools
 
 import torch
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-import minicfrl
-from minicfrl import Addition, RLConfig, rollout
+from minicfrl import Addition, RLConfig, group_advantages, rollout, sequence_logp
 
 # ---------------------------------------------------------------------------- other judges in the verifier's place
 
@@ -57,46 +57,53 @@ class KeptAdam(torch.optim.Adam):
 
     def __init__(self, groups, **settings):
         super().__init__(groups, **settings)
-        for p in minicfrl._parameters(self):
-            self.state[p] = vars(p).setdefault("adam", {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = vars(p).setdefault("adam", {})
 
 
 class ClippedAdam(torch.optim.Adam):
     """Adam on gradients of norm 1 at most, that of all parameters together."""
 
     def step(self):
-        torch.nn.utils.clip_grad_norm_(minicfrl._parameters(self), 1.0)
+        clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
         super().step()
 
 
-minicfrl.OPTIMIZERS.update(
-    {
-        "adam-kept": KeptAdam,
-        "adam-clipped": ClippedAdam,
-        "adam-beta2": functools.partial(torch.optim.Adam, betas=(0.9, 0.95)),
-        "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.1),
-    }
-)
+# What an RLConfig can have as its optimizer, by the names that the flag has.
+OPTIMIZERS = {
+    "adam": "adam",
+    "sgd": "sgd",
+    "adam-kept": KeptAdam,
+    "adam-clipped": ClippedAdam,
+    "adam-beta2": functools.partial(torch.optim.Adam, betas=(0.9, 0.95)),
+    "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.1),
+}
 
 
 def train_twice(model, task, config, draws, clip=0.2):
-    """As minicfrl.train_rl, without its KL penalty, but each batch is learnt from twice, the second time by PPO's
-    clipped ratio (Schulman et al., arXiv 1707.06347): what has moved by more than `clip` has moved enough."""
-    step = 0
+    """As minicfrl.train_rl, without its KL penalty, but each batch is learnt from twice, by PPO's clipped ratio
+    (Schulman et al., arXiv 1707.06347). The first time the ratio is 1 and this is (E3); the second time what has moved
+    by more than `clip` has moved enough."""
+    make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}.get(config.optimizer, config.optimizer)
+    step, W = 0, model.classifier.weight
     for number, stage in enumerate(config.stages, start=1):
-        optimizer = minicfrl._optimizer(model, stage, config.optimizer)
+        lr_of_W = stage.lr if stage.classifier_lr is None else stage.classifier_lr
+        begins = "" if stage.trains == "all" else f"{stage.trains}."
+        named = [p for name, p in model.named_parameters() if f"{name}.".startswith(begins)]
+        optimizer = make([{"params": [p], "lr": lr_of_W if p is W else stage.lr} for p in named])
         for _ in range(stage.steps):
             step += 1
             pairs = task.train_pairs[torch.randint(len(task.train_pairs), (config.prompts,), generator=draws)]
             batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], config.samples, draws)
-            advantages = minicfrl.group_advantages(config.reward(batch, draws), config.baseline).flatten()
-            minicfrl._backward(model, batch, advantages, stage, minicfrl._parameters(optimizer))  # where the ratio is 1
-            norm = minicfrl._descend(optimizer)
-            model.zero_grad()
-            mask, A = batch.mask[:, 1:], advantages[:, None]
-            ratio = (minicfrl.sequence_logp(model, batch.tokens) - batch.logp).exp()  # (R, L)
-            surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
-            (-surrogate[mask].sum() / mask.sum()).backward(inputs=minicfrl._parameters(optimizer))
-            minicfrl._descend(optimizer)
-            seen = {"reward": batch.rewards.mean().item(), "tokens": int(batch.mask.sum())}
-            yield {"step": step, "stage": number, "gradient_norm": norm, **seen}
+            A, mask = group_advantages(config.reward(batch, draws), config.baseline).view(-1, 1), batch.mask[:, 1:]
+            norms = []
+            for _ in range(2):
+                model.zero_grad()
+                ratio = (sequence_logp(model, batch.tokens) - batch.logp).exp()  # (B, T-1)
+                surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+                (-surrogate[mask].sum() / mask.sum()).backward(inputs=named)
+                norms.append(get_total_norm([p.grad for p in named if p.grad is not None]).item())
+                optimizer.step()
+            seen = {"reward": batch.rewards.mean().item(), "tokens": int(mask.sum())}
+            yield {"step": step, "stage": number, "gradient_norm": norms[0], **seen}

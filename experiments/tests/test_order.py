@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_gpt
 from tiny_runs import refused, rows_of, run
 
-from experiments.arms import EXPERIMENTS, Config, generator
+from experiments.arms import EXPERIMENTS, Config, two_stages
 from experiments.order import (
     BASES,
     accounting_table,
@@ -23,8 +23,9 @@ from experiments.report import load_results
 from experiments.speed import END, OVER_THE_RUN
 from experiments.variations import coin_flips
 from experiments.verdicts import judge
-from minicfrl import Addition, RLConfig, Stage, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages
+from minicfrl import Addition, RLConfig, Stage, policy_gradient_loss, rollout, sequence_logp, train_rl
 from model import GPT, GPTConfig
+from train_toy import stream
 
 MAP = ("--measures", "accuracy", "--arms", "rl", "--stage-lengths", "1,2", "--rate-multiples", "1,5")
 
@@ -69,12 +70,12 @@ def test_spread_and_classifier_last_have_cf_rl_s_budgets(n, T):
 def test_the_control_of_the_whole_run_at_plain_rl_s_own_rate_is_plain_rl():
     """Two constant rates that are one: the same weights to the bit."""
     task, config = Addition(1), Config(digits=1, rl_steps=3, classifier_steps=1, prompts=4, samples=4)
-    start = GPT(GPTConfig(task.vocab_size, task.block_size, n_embd=16), generator(0, "init"))
+    start = GPT(GPTConfig(task.vocab_size, task.block_size, n_embd=16), stream(0, "init"))
     weights = {}
     for arm in ("rl", "control-3x1", "control-3x5"):
         model = copy.deepcopy(start)
         flipped = dataclasses.replace(config.rl(arm), reward=coin_flips)  # an untrained policy is never right
-        list(train_rl(model, task, flipped, generator(0, "rl")))
+        list(train_rl(model, task, flipped, stream(0, "rl")))
         weights[arm] = torch.cat([p.flatten() for p in model.parameters()])
     assert torch.equal(weights["rl"], weights["control-3x1"])
     assert not torch.equal(weights["rl"], weights["control-3x5"])
@@ -260,8 +261,8 @@ def test_the_order_of_two_moves_is_of_second_order():
     rates, where a first-order difference would stay. An eighth of the rates leaves .27 and .18 of it here, not 1/8: by
     Adam, gradients near zero that change their sign move a whole step the other way."""
     model, task = tiny_gpt(0, vocab_size=17, block_size=11, n_embd=16), Addition(1)
-    batch = rollout(model, task, ["1+2=", "7+8="], 8, generator(1, "x"))
-    advantages, rates = torch.randn(16, generator=generator(2, "x")), {"classifier": 0.02, "body": 0.002}
+    batch = rollout(model, task, ["1+2=", "7+8="], 8, stream(1, "x"))
+    advantages, rates = torch.randn(16, generator=stream(2, "x")), {"classifier": 0.02, "body": 0.002}
     for updates in (1, 4):
         full, eighth = (
             order_effect(model, batch, advantages, {part: scale * rate for part, rate in rates.items()}, updates)

@@ -1,4 +1,6 @@
-"""Kill real runs at random moments, fill their disk, and see: python tests/faults.py [--kills 50] [--seed 0]. POSIX.
+"""Kill real runs at random moments, fill their disk, and see: python experiments/tests/faults.py. POSIX.
+
+Flags: --kills 50, --seed 0.
 
 After every kill no process of the run may live on, and every file must be what a run writes, or its beginning. The same
 command then continues: what is finished is not done again, and the end is that of a run nobody disturbed. A violation
@@ -24,13 +26,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from tiny_runs import ROOT, TINY, environment, rows_of  # noqa: E402
+from tiny_runs import COMMAND, TINY, environment, rows_of  # noqa: E402
 
 # Two jobs at a time, four in turn, of a few seconds together.
-COMMAND = [sys.executable, str(ROOT / "train_toy.py"), *TINY, *"--workers 2 --seeds 2 --arms rl,cf-rl".split()]
-COMMAND += "--sft-steps 60 --rl-steps 24 --classifier-steps 8 --eval-every 1".split()
+RUN = [*COMMAND, *TINY, *"--workers 2 --seeds 2 --arms rl,cf-rl".split()]
+RUN += "--sft-steps 60 --rl-steps 24 --classifier-steps 8 --eval-every 1".split()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 SECONDS_TO_DIE, SECONDS_TO_FINISH = 5, 120
 
@@ -62,7 +64,7 @@ def living(group):
 def started(out):
     """The command at work in a process group of its own, of which nothing is left afterwards."""
     process = subprocess.Popen(
-        [*COMMAND, "--out", str(out)],
+        [*RUN, "--out", str(out)],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

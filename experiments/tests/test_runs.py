@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import DEFAULT_ARMS, ROOT, TINY, environment, refused, rows_of, rows_without_seconds, run
+from tiny_runs import COMMAND, DEFAULT_ARMS, TINY, environment, refused, rows_of, rows_without_seconds, run
 
-import train_toy
-from experiments import runs
+from experiments import runs, toy
 from experiments.arms import Config
 
 
@@ -134,7 +133,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_and_still_answers(read_on
     before = sorted(read_only.rglob("*"))
     for folder in (read_only, read_only / "new"):
         assert f"Permission denied: '{folder}" in refused(capsys, *TINY, "--out", str(folder))
-    assert train_toy.main(["--out", str(read_only), "--ask", "4+8="]) == 0
+    assert toy.main(["plain", "--out", str(read_only), "--ask", "4+8="]) == 0
     assert sorted(read_only.rglob("*")) == before
 
 
@@ -182,7 +181,7 @@ class DeadlyPath(type(Path())):
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     """Instead of waiting for it for ever."""
     with runs.jobs(Config(seeds=2), DeadlyPath(tmp_path), 2) as do:
-        (complaint,) = do(train_toy.train_arm, ["rl"])
+        (complaint,) = do(toy.train_arm, ["rl"])
     assert "a worker process died" in complaint
 
 
@@ -191,7 +190,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 def begin_long_run(out):
     """A run of two arms in two workers. Ctrl-C reaches it even if the shell that started the tests ignores it."""
-    command = [sys.executable, str(ROOT / "train_toy.py"), *TINY, "--workers", "2", "--out", str(out)]
+    command = [*COMMAND, *TINY, "--workers", "2", "--out", str(out)]
     command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
     return subprocess.Popen(
         command,
@@ -224,7 +223,7 @@ def long_run(tmp_path):
 def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, long_run):
     """The workers leave it to the parent, for which a kill is the same. They hold its pipes: had one stayed,
     `communicate` would time out."""
-    assert train_toy.main(["--out", str(finished), "--ask", "4+8="]) == 0
+    assert toy.main(["plain", "--out", str(finished), "--ask", "4+8="]) == 0
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since any command line ran
     process, out = long_run
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
@@ -334,10 +333,11 @@ def test_a_file_written_twice_holds_the_second_text(tmp_path):
 
 
 AT_ODDS = """
-import os, sys, train_toy
-answers = train_toy.show_answers
-train_toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
-sys.exit(train_toy.main(sys.argv[1:]))
+import os, sys
+from experiments import toy
+answers = toy.show_answers
+toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
+sys.exit(toy.main(["plain", *sys.argv[1:]]))
 """
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from tiny_runs import DEFAULT_ARMS, TINY, environment, refused, rows_of, run
 
-import train_toy
-from experiments import cli, real_model, runs, tables
-from experiments.arms import ARMS, EXPERIMENTS, Config
+from experiments import __main__ as command
+from experiments import cli, real_model, runs, tables, toy
+from experiments.arms import ARMS, EXPERIMENTS, Config, arm_named
 from minicfrl import Addition
 
 
 def test_saved_policies_answer(finished, capsys):
-    assert train_toy.main(["--out", str(finished), "--ask", "4+8="]) == 0  # the run's own configuration, no flags
+    assert toy.main(["plain", "--out", str(finished), "--ask", "4+8="]) == 0  # the run's own configuration, no flags
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == ["sft", *DEFAULT_ARMS]
     assert all(line.startswith("  4+8= ") and ("✗" in line or "✓" in line) for line in lines)
@@ -35,7 +35,7 @@ def test_asking_trains_nothing(finished, capsys, tmp_path):
     question = ["--out", str(tmp_path / "unfinished"), "--ask", "4+8="]
     assert "holds no policy yet" in refused(capsys, *question)
     shutil.copy(finished / "cf-rl-seed0.pt", tmp_path / "unfinished")
-    assert train_toy.main(question) == 0 and capsys.readouterr().out.count("\n") == 1
+    assert toy.main(["plain", *question]) == 0 and capsys.readouterr().out.count("\n") == 1
     assert {path.name for path in (tmp_path / "unfinished").iterdir()} == {"config.json", "cf-rl-seed0.pt"}
 
 
@@ -103,7 +103,7 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
     shutil.copytree(finished, tmp_path / "again")
     printed, lines_of = [], tables.lines_of
     monkeypatch.setattr(tables, "lines_of", lambda rows: printed.append("table") or lines_of(rows))
-    monkeypatch.setattr(train_toy, "verdict", lambda *_: printed.append("verdict") or "So it ends.")
+    monkeypatch.setattr(toy, "verdict", lambda *_: printed.append("verdict") or "So it ends.")
     assert run(tmp_path / "again") == 0
     assert printed in (["table", "verdict"], ["table", "table", "verdict"])
     assert capsys.readouterr().out.endswith("\n\nSo it ends.\n")
@@ -132,12 +132,50 @@ def test_a_run_prints_at_most_two_tables_and_then_the_verdict(finished, tmp_path
         (["--threshold", "1.5"], "threshold must lie between 0 and 1, not 1.5"),
         (["--ask", "47+8x="], "'47+8x=' is not a prompt such as '01+02='"),
         (["--plot"], "--plot needs --out DIR to draw in"),
-        (["--experiment", "alchemy"], "argument --experiment: invalid choice: 'alchemy'"),
         (["--qui"], "unrecognized arguments: --qui"),
+        (["speed"], "unrecognized arguments: speed"),
     ],
 )
 def test_bad_arguments_end_in_one_sentence_and_exit_code_2(capsys, flags, message):
     assert message in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "it takes list, run NAME --out DIR or report [DIR ...]"),
+        (["lsit"], "it takes list, run NAME --out DIR or report [DIR ...]"),
+        (["list", "speed"], "it takes list, run NAME --out DIR or report [DIR ...]"),
+        (["run"], "the following arguments are required: NAME"),
+        (["run", "alchemy"], "'alchemy' is no experiment: see python -m experiments list"),
+        (["run", "real"], "--out DIR is missing: the runs are too long to be thrown away"),
+        (["run", "--out", "real"], "the following arguments are required: NAME"),
+    ],
+)
+def test_a_command_that_does_not_exist_ends_in_one_sentence_and_exit_code_2(capsys, arguments, message):
+    try:
+        code = command.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert code == 2 and printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
+
+
+def test_a_report_of_no_run_is_refused_before_anything_is_written(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert command.main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"python -m experiments: error: {tmp_path} is not the folder of a finished run\n"
+
+
+def test_the_list_has_every_experiment_with_arms_that_exist(capsys):
+    """Where there are too many for 80 columns, the first of them."""
+    assert command.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["plain", *EXPERIMENTS, *real_model.EXPERIMENTS]
+    assert max(map(len, lines)) <= 80
+    for line in lines:
+        arms = line[21:].removesuffix(" ...").strip(", ").split(", ")
+        assert arms and all(map(arm_named, arms))
 
 
 def test_plot_without_matplotlib_is_refused(capsys, tmp_path, monkeypatch):
@@ -154,7 +192,7 @@ def test_plot_without_matplotlib_is_refused(capsys, tmp_path, monkeypatch):
 
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
-        train_toy.main(["--help"])
+        toy.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
@@ -166,14 +204,14 @@ def whole(name, text):
 
 
 @pytest.mark.parametrize("columns", [50, 80, 97])
-@pytest.mark.parametrize("program", [train_toy, real_model])
+@pytest.mark.parametrize("program", [toy, real_model])
 def test_help_keeps_the_names_of_arms_and_experiments_whole(program, columns, monkeypatch, capsys):
     """So that one can copy or search them, however wide the screen."""
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stopped:
         program.main(["--help"])
     assert stopped.value.code == 0
-    names = [*program.EXPERIMENTS, *(ARMS if program is train_toy else program.RealConfig.arms.split(","))]
+    names = [*program.EXPERIMENTS, *(ARMS if program is toy else program.RealConfig.arms.split(","))]
     text = capsys.readouterr().out
     assert [name for name in names if not whole(name, text)] == []
 
@@ -185,7 +223,7 @@ def test_what_a_run_says_keeps_the_names_of_arms_whole():
         assert all(whole(name, text) for name in ARMS) and max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("program", [train_toy, real_model])
+@pytest.mark.parametrize("program", [toy, real_model])
 def test_a_stream_of_any_encoding_prints_ticks(program, monkeypatch):
     """Both programs make it so, before they print anything; and what is no text at all is printed as backslashes."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
@@ -240,8 +278,8 @@ def test_a_script_that_does_not_guard_its_call_is_told_so(finished, tmp_path):
     out, script = shutil.copytree(finished, tmp_path / "out"), tmp_path / "unguarded.py"
     for arm in ("rl", "cf-rl"):
         (out / f"{arm}-seed0.pt").unlink()
-    script.write_text("import sys, train_toy\nsys.exit(train_toy.main(sys.argv[1:]))\n", encoding="utf-8")
-    command = [sys.executable, str(script), *TINY, "--workers", "2", "--out", str(out)]
+    script.write_text("import sys\nfrom experiments import toy\nsys.exit(toy.main(sys.argv[1:]))\n", encoding="utf-8")
+    command = [sys.executable, str(script), "plain", *TINY, "--workers", "2", "--out", str(out)]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     process = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
     try:
@@ -264,7 +302,7 @@ def test_ctrl_c_while_the_arguments_are_checked_ends_in_one_sentence_too(monkeyp
 
     monkeypatch.setattr("experiments.cli.check_toy", interrupted)
     try:
-        code = train_toy.main([])
+        code = toy.main(["plain"])
     except KeyboardInterrupt:  # which would end the tests, and not only this one
         code = None
     assert code == 130 and capsys.readouterr().err.endswith("interrupted: nothing is kept without --out\n")
@@ -273,5 +311,5 @@ def test_ctrl_c_while_the_arguments_are_checked_ends_in_one_sentence_too(monkeyp
 def test_the_quick_run_needs_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--quick --arms rl --sft-steps 9 --rl-steps 4 --eval-prompts 4 --final-prompts 4 --workers 1"
-    assert train_toy.main(flags.split()) == 0
+    assert toy.main(["plain", *flags.split()]) == 0
     assert "No verdict without all of" in capsys.readouterr().out and list(tmp_path.iterdir()) == []

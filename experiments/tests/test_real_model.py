@@ -20,10 +20,10 @@ from tiny import generator  # noqa: E402  after the check that it is there
 from tiny_runs import rows_without_seconds  # noqa: E402
 
 from experiments import real_model  # noqa: E402
-from experiments.arms import Config, coin_flips  # noqa: E402
+from experiments.arms import Config, coin_flips, two_stages  # noqa: E402
 from experiments.real_model import ALPHABET, CausalLM, RealConfig, Sums, load, success, sums_of_characters  # noqa: E402
 from experiments.runs import Watch  # noqa: E402
-from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl, two_stages  # noqa: E402
+from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(ALPHABET))
@@ -168,7 +168,7 @@ def test_a_tokenizer_that_has_no_token_for_each_character_is_refused(encode):
 
 
 def run(out, *flags):
-    return real_model.main(["--quick", "--workers", "1", "--out", str(out), *flags])
+    return real_model.main(["real", "--quick", "--workers", "1", "--out", str(out), *flags])
 
 
 def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
@@ -207,7 +207,7 @@ def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
 
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        real_model.main([str(argument) for argument in arguments])
+        real_model.main(["real", *map(str, arguments)])
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
     return printed.err

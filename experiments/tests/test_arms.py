@@ -12,13 +12,22 @@ from tiny import tiny_gpt
 from tiny_runs import DEFAULT_ARMS, rows_of, rows_without_seconds, run
 
 import minicfrl
-import train_toy
-from experiments import arms, runs
+from experiments import arms, runs, toy
 from experiments.arms import ARMS, EXPERIMENTS, PARTS, Config
 from experiments.report import load_results
 from experiments.runs import open_out
-from experiments.variations import JUDGES, ClippedAdam, coin_flips, graded, log_probability, self_certainty, train_twice
+from experiments.variations import (
+    JUDGES,
+    ClippedAdam,
+    KeptAdam,
+    coin_flips,
+    graded,
+    log_probability,
+    self_certainty,
+    train_twice,
+)
 from minicfrl import Addition, RLConfig, SFTConfig, Stage
+from train_toy import stream
 
 
 def test_the_arms_are_what_the_readme_says():
@@ -61,7 +70,7 @@ def test_the_arms_are_what_the_readme_says():
     assert {arm: config.stages(arm) for arm in ARMS} == stages
     rl = {arm: config.rl(arm) for arm in ARMS}
     assert [arm for arm in ARMS if rl[arm] is None] == ["ft", "lp-ft"]
-    assert rl["spread"].optimizer == "adam-kept"
+    assert rl["spread"].optimizer is KeptAdam
     assert rl.pop("ft") is rl.pop("lp-ft") is None
     assert all(each.stages == stages[arm][1 if arm == "sft-rl-sgd" else 0 :] for arm, each in rl.items())
     assert {arm for arm, each in rl.items() if each.optimizer == "sgd"} == {arm for arm in rl if arm.endswith("-sgd")}
@@ -140,10 +149,14 @@ def test_fine_tuning_first_is_followed_by_rl_and_both_count_as_updates(only_stag
 def test_a_tilt_is_more_fine_tuning_on_other_shares(monkeypatch, tmp_path):
     """And config.json says so."""
     configs = []
-    monkeypatch.setattr(train_toy, "supervised_finetune", lambda model, task, sft, draws: configs.append(sft) or [])
+    make_start = toy.make_start
+    monkeypatch.setattr(
+        toy, "make_start", lambda *those, **sizes: configs.append(those[2]) or make_start(*those, **sizes)
+    )
+    monkeypatch.setattr(toy, "supervised_finetune", lambda model, task, sft, draws: configs.append(sft) or [])
     config = Config(digits=1, sft_steps=30, tilt="0,0,1", eval_prompts=2, final_prompts=3)
     open_out(tmp_path / "tilted", config)
-    assert runs.job(train_toy.train_start, config, tmp_path / "tilted", 0, "sft") is None
+    assert runs.job(toy.train_start, config, tmp_path / "tilted", 0, "sft") is None
     assert [(sft.stages[0].steps, sft.mixture) for sft in configs] == [(30, SFTConfig.mixture), (150, (0.0, 0.0, 1.0))]
     record = json.loads((tmp_path / "tilted" / "config.json").read_text(encoding="utf-8"))
     assert record["sft"]["stages"][0]["steps"] == 30 and record["tilt"]["mixture"] == [0, 0, 1]
@@ -153,9 +166,9 @@ def test_a_tilt_is_more_fine_tuning_on_other_shares(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_other_defaults_that_flags_override(name, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(train_toy, "run", lambda config, out, *_: seen.append(config) or [])
+    monkeypatch.setattr(toy, "run", lambda config, out, *_: seen.append(config) or [])
     for flags in ([], ["--seeds", "2"]):
-        assert train_toy.main(["--experiment", name, *flags]) == 0
+        assert toy.main([name, *flags]) == 0
     assert seen[0] == Config(**EXPERIMENTS[name])
     assert seen[1] == dataclasses.replace(seen[0], seeds=2)
 
@@ -171,8 +184,8 @@ def test_every_arm_sees_the_same_prompts_and_starts_from_the_same_policy(tmp_pat
 
 
 def test_every_seed_and_every_purpose_has_random_numbers_of_its_own():
-    draws = [torch.rand((), generator=arms.generator(*key)).item() for key in ((0, "rl"), (1, "rl"), (0, "sft"))]
-    assert len(set(draws)) == 3 and torch.rand((), generator=arms.generator(0, "rl")) == draws[0]
+    draws = [torch.rand((), generator=stream(*key)).item() for key in ((0, "rl"), (1, "rl"), (0, "sft"))]
+    assert len(set(draws)) == 3 and torch.rand((), generator=stream(0, "rl")) == draws[0]
 
 
 def batch_moved(config, arm, updates=2, seed=0):
@@ -235,15 +248,15 @@ def test_the_second_pass_over_a_batch_is_by_the_clipped_ratio(monkeypatch):
     """The first is train_rl's update, from the same random numbers. The second moves along sum A r grad log pi / N over
     the tokens whose ratio has not left 1 +- clip on the advantage's side, recomputed here token by token."""
     config = Config(**SMALL | dict(passes=2, optimizer="sgd", lr=3.0)).rl("rl")
-    flips = coin_flips(SimpleNamespace(rewards=torch.zeros(4, 4)), arms.generator(0, "flips"))
+    flips = coin_flips(SimpleNamespace(rewards=torch.zeros(4, 4)), stream(0, "flips"))
     config = dataclasses.replace(config, stages=(Stage(1, lr=3.0),), reward=lambda batch, draws: flips)
     task, once, twice = Addition(1), tiny_gpt(0, 17, 11), tiny_gpt(0, 17, 11)
     batches = []
     monkeypatch.setattr(
         "experiments.variations.rollout", lambda *a: batches.append(minicfrl.rollout(*a)) or batches[-1]
     )
-    list(minicfrl.train_rl(once, task, config, arms.generator(0, "rl")))
-    list(train_twice(twice, task, config, arms.generator(0, "rl"), clip=0.05))
+    list(minicfrl.train_rl(once, task, config, stream(0, "rl")))
+    list(train_twice(twice, task, config, stream(0, "rl"), clip=0.05))
     (batch,) = batches
     loss, used = 0.0, 0
     new, old = minicfrl.sequence_logp(once, batch.tokens), batch.logp
@@ -260,16 +273,16 @@ def test_the_second_pass_over_a_batch_is_by_the_clipped_ratio(monkeypatch):
 
 
 def test_a_grade_is_the_share_of_right_digits_and_noise():
-    """Of 47+85=132 the answer 142 has two of three digits, 022 one, and what is too short or has no answer less."""
+    """Of 47+85=132 the answer 142 has two of three digits, 022 one; what is too short, too long or none has less."""
     task = Addition(2)
-    rows = [task.encode("47+85=" + response) for response in ("d142", "d022", "d13", "s1213", "d132")]
+    responses = ("d142", "d022", "d13", "s1213", "d132", "d1320")
+    rows = [task.encode("47+85=" + response) for response in responses]
     tokens = torch.tensor([row + [task.end_token] * (12 - len(row)) for row in rows])
-    mask = torch.arange(12) >= torch.tensor([6] * 5)[:, None]
-    responses = ("d142", "d022", "d13", "s1213", "d132")
-    batch = minicfrl.Rollout(tokens, mask, torch.zeros(5, 11, 17), torch.zeros(1, 5), responses)
-    noise = 0.1 * torch.randn(1, 5, generator=arms.generator(0, "noise"))
-    grades = graded(batch, arms.generator(0, "noise")) - noise
-    assert grades[0].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 0, 1])
+    mask = torch.arange(12) >= torch.tensor([6] * 6)[:, None]
+    batch = minicfrl.Rollout(tokens, mask, torch.zeros(6, 11, 17), torch.zeros(1, 6), responses)
+    noise = 0.1 * torch.randn(1, 6, generator=stream(0, "noise"))
+    grades = graded(batch, stream(0, "noise")) - noise
+    assert grades[0].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 0, 1, 3 / 4])
     assert set(JUDGES) == {"verifier", "coin-flips", "graded"}
 
 
@@ -301,7 +314,7 @@ def test_a_policy_with_a_constant_feature_is_kept_and_answers(tmp_path, capsys):
     _, model = runs.load_policy(config, tmp_path / "run", "rl@s2", 0)
     assert model.body.norm.size > 0 and model.classifier.weight[:, -1].eq(0).all()
     capsys.readouterr()
-    assert train_toy.main(["--out", str(tmp_path / "run"), "--ask", "4+5="]) == 0
+    assert toy.main(["plain", "--out", str(tmp_path / "run"), "--ask", "4+5="]) == 0
     assert "rl@s2" in capsys.readouterr().out
 
 

@@ -31,7 +31,7 @@ from tiny import generator, tiny_gpt
 from minicfrl import Addition, RLConfig, Stage, policy_gradient_loss, sequence_logp
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 USAGE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 ALPHABET = "0123456789+="
 END = len(ALPHABET)
@@ -454,7 +454,7 @@ def two_processes(tmp_path_factory):
         out = tmp_path_factory.mktemp(how)
         tiny("gpt2").save_pretrained(out / "model")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         done = subprocess.run([*command, how, str(out)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         seen[how] = [torch.load(out / f"rank-{rank}.pt") for rank in "01"]

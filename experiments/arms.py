@@ -20,7 +20,7 @@ from experiments import knobs
 from experiments.variations import JUDGES, OPTIMIZERS, coin_flips, log_probability, self_certainty, train_twice
 from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, supervised_finetune, train_rl
 from model import GPT, GPTConfig, check, check_counts
-from train_toy import stream
+from train_toy import SFT_LR, SFT_STEPS, stream
 
 MEASURED = ("all", "few", "accuracy")  # sets of measures, in measures.py
 SAMPLES = 8  # per held-out prompt, in every evaluation
@@ -170,7 +170,7 @@ def arm_named(name) -> Arm:
 
 CONTROLS = "rl,cf-rl,control,cf-rl-same-lr,classifier-only"
 WAYS = "rl,cf-rl,control,classifier-last,spread,fast-classifier"
-(SFT,) = SFTConfig().stages
+SFT = Stage(SFT_STEPS, lr=SFT_LR)
 FIVE = dict(seeds=5)
 UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
 SPEED = dict(seeds=10, arms=f"{WAYS},cf-rl-same-lr", measures="accuracy", eval_every=1)

@@ -99,11 +99,6 @@ class Evidence:
         """How far R alone points where the whole update does, averaged over the logged updates, seed by seed."""
         return [statistics.fmean(curve[1:]) for curve in self.summary[arm]["curves"][f"agreement_{where}"]]
 
-    def selects(self, arm):
-        shares, success = (self.values(arm, f"gain_by_{cause}") for cause in ("shares", "success"))
-        gaps = [x - y for x, y in zip(shares, success, strict=True)]
-        return self.says(gaps, "mostly", "no, mostly by success", "half of the gain")
-
     def gain(self, arm, first, last):
         """The change of accuracy between two updates, seed by seed."""
         before, after = (at(self.summary, arm, "accuracy", step, "curves") for step in (first, last))
@@ -231,7 +226,7 @@ FIRST_PAPER = (
 SECOND_PAPER = (
     (
         "RL selects among patterns whose success stays constant",
-        lambda e: f"{e.selects('rl')}; second toy {e.at('learning').selects('rl')}",
+        lambda e: e.says(e.gap("rl", "sft", "success_s"), "no: success of s rises too", equal="yes"),
         "confidence",
     ),
     (

@@ -2,10 +2,9 @@
 
 Between a page's `report` marks nothing is typed by hand: this command writes it from results.json, its own copy of the
 runs' configurations and summaries, and a test checks that it would write the same again. Without a DIR it works from
-the copy: after a change of the code, whose lines it counts.
+the copy: after a change of the code.
 """
 
-import ast
 import itertools
 import json
 import math
@@ -30,26 +29,7 @@ from train_toy import stream
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.json"
-BOOK = [name for name in ("model.py", "minicfrl.py", "ntk.py", "fast_ntk.py", "train_toy.py") if (ROOT / name).exists()]
-NUMBERS = {4: "four", 5: "five"}
 LABORATORY = tuple(sorted(path.relative_to(ROOT).as_posix() for path in HERE.glob("*.py")))
-
-
-def lines_of_code(path):
-    """Lines that are not blank, comment or docstring."""
-    text = path.read_text(encoding="utf-8")
-    prose = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            prose |= set(range(node.lineno, node.end_lineno + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(1 for n, line in lines if n not in prose and line.strip() and not line.strip().startswith("#"))
-
-
-def size_of_the_book():
-    count = {name: lines_of_code(ROOT / name) for name in BOOK}
-    files = f"The {NUMBERS[len(BOOK)]} files are {sum(count.values())} lines of code"
-    return f"{files}, comments, docstrings and blanks aside: {', '.join(f'{name} {n}' for name, n in count.items())}."
 
 
 def markdown(heading, *rows, align="---:"):
@@ -353,7 +333,6 @@ def sections(results, update, found):
         "answer": markdown(*claims.answers(results), align="---"),
         "side by side": markdown(*claims.side_by_side(results), align="---"),
         "claims": markdown(*claims.rows(results), align="---"),
-        "size": size_of_the_book(),
         "predictors": markdown(*predictor_rows(found)),
         "shares": markdown(*share_rows(found)),
         "group": group_table(update),

@@ -12,7 +12,7 @@ import minicfrl
 from experiments import claims, real_model
 from experiments.arms import EXPERIMENTS, Config, train_as, two_stages
 from experiments.measures import MOVES, evaluate, make_probe
-from experiments.report import BOOK, PAGES, lines_of_code, load_results, rewritten, sections
+from experiments.report import PAGES, load_results, rewritten, sections
 from train_toy import make_start, stream
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,11 +33,8 @@ def test_the_numbers_of_the_pages_are_those_that_the_report_writes():
     assert set(re.findall(r"<!-- report: (.*?) -->", README + RESULTS + ONE_UPDATE)) == set(texts)
 
 
-def test_the_results_are_short_and_the_book_is_too():
-    """Limits that this project has set itself: lines of the results, and of the code that a reader is asked to read."""
+def test_the_results_are_a_page_of_limited_length():
     assert RESULTS.count("\n") <= 650
-    counts = {name: lines_of_code(ROOT / name) for name in BOOK}
-    assert sum(counts.values()) <= 700 and counts["train_toy.py"] <= 80
 
 
 @pytest.mark.parametrize("page", [*PAGES[1:], ROOT / "experiments" / "README.md"])

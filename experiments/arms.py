@@ -403,6 +403,7 @@ class Config:
                 mixture = tuple(map(float, self.tilt.split(",")))
             except ValueError:
                 raise ValueError(f"tilt must be shares such as 0.8,0.01,0.19, not {self.tilt!r}") from None
+            check(len(mixture) == len(Addition.patterns), f"{mixture=} does not give one share for each of dsg")
             configs["tilt"] = SFTConfig((Stage(150, lr=1e-3),), mixture=mixture)
         return configs
 
@@ -473,8 +474,9 @@ def train_as(arm, config, seed, task, model):
         yield from supervised_finetune(model, task, of_s, draws)
     if arm_named(arm).nudge:
         direction = torch.randn(model.classifier.weight.shape, generator=stream(seed, "direction"))
+        after = after_stage_1(config, seed, task, model).classifier.weight
         with torch.no_grad():
-            moved = after_stage_1(config, seed, task, model).classifier.weight - model.classifier.weight
+            moved = after - model.classifier.weight
             model.classifier.weight += direction * moved.norm() / direction.norm()
     hooks = scatter(model, stream(seed, "scattered")) if arm_named(arm).scattered else []
     before, train = sum(stage.steps for stage in imitation), train_twice if config.passes == 2 else train_rl

@@ -43,8 +43,9 @@ def gradient_products(body, block, states, states2=None):
     """The inner products (N, U, M, U) of the gradients of all outputs in the body's parameters: between the N states
     `states` and the M states `states2`, or among `states` alone.
 
-    The states are a triple: tokens (B, T), mask (B, T), which selects N of their positions, and constants C (N, U, d).
-    The outputs of a state with features phi are the U numbers C phi. With C = W they are the logits.
+    A set of states is a triple: tokens (B, T), a mask (B, T) that selects N of their positions, and constants C
+    (N, U, d). The outputs u of a state with features phi are the U numbers C phi. With C = W they are the logits. With
+    the single row C = (e_y - pi)^T W, the gradient of u is that of log pi(y).
 
     Cost: U backward passes per state and pair of blocks, and N M U T (T + U) O multiplications for every layer, of
     which we do half when there is only one set of states. Memory besides the result: U T O numbers for every layer of
@@ -71,7 +72,7 @@ def gradient_products(body, block, states, states2=None):
 def linear_layers(body, states, chosen):
     """For every layer a pair, inputs x (N, T, I) and backpropagated g (N, U, T, O), for N states, a slice of `states`.
 
-    All rows are cut after the longest state. A state's outputs do not depend on later tokens, so their g is 0.
+    All rows are cut after the longest state. A shorter state does not depend on the tokens after it: its g is 0 there.
     """
     tokens, mask, C = states
     row, position = (index[chosen] for index in mask.nonzero(as_tuple=True))  # (N,) each
@@ -85,8 +86,8 @@ def linear_layers(body, states, chosen):
                 # The embeddings of the positions are the same for all rows. Every row needs a g of its own.
                 x, y = x.expand(N, T), y.detach().expand(N, T, -1)
             if y.shape[:2] == (N, T):
-                calls.append((module, x, y.requires_grad_()))  # a frozen layer's output needs to be told to
-        return y
+                calls.append((module, x, y.requires_grad_()))  # so a graph begins here even if the layer is frozen
+        return y  # What is not recorded is missing from the products. If it matters, the check at the end fails.
 
     known = [module for module in body.modules() if [*module.parameters(recurse=False)] and is_known(module)]
     handles = [module.register_forward_hook(record) for module in known]
@@ -95,7 +96,8 @@ def linear_layers(body, states, chosen):
     finally:
         for handle in handles:
             handle.remove()
-    # One batched backward pass for the U outputs. We need no such batch for the N states: their rows do not mix.
+    # The U outputs take one batched backward pass. In it we differentiate the sum over the N states, because a state
+    # depends on its own row alone: what arrives at a row is the g of that row's state.
     ys, each = [y for *_, y in calls], C[chosen].transpose(0, 1)  # (U, N, d)
     gs = grad(phi, ys, each, is_grads_batched=True, materialize_grads=True)  # (U, N, T, ..., O) for every layer
     return [as_linear(module, x, g.transpose(0, 1)) for (module, x, _), g in zip(calls, gs, strict=True)]
@@ -103,7 +105,8 @@ def linear_layers(body, states, chosen):
 
 def is_known(module):
     """Whether its own parameters are a weight matrix and perhaps a bias, as in a linear layer or an embedding, or only
-    vectors, as in a norm, or none at all."""
+    vectors, as in a norm, or none at all. GPT-2, GPT-NeoX, Llama and Qwen2 consist of such modules: rotary positions,
+    for example, have no parameters."""
     dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
     return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
 
@@ -124,13 +127,17 @@ def as_linear(module, x, g):
     x = x.reshape(len(x), g.size(2), -1)
     if "bias" in names:  # the weight of one more input, which is always 1
         x = nn.functional.pad(x, (0, 1), value=1.0)
-    # After the last attention no output depends on any token but the state's own: we leave out the zeros before it.
+    # After the last attention, an output depends on no token but the state's own, so g is 0 at all tokens before the
+    # shortest state's own. We leave those out.
     start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
     return x[:, start:], g[:, :, start:]
 
 
 def slope(module, name, x):
-    """How fast each entry of the module's output grows with its own entry of a gain or bias, the vector `name`."""
+    """How fast each entry of the module's output grows with its own entry of the vector `name`, a gain or a bias.
+
+    If an entry of the vector acts on other outputs too, this is not the whole derivative, and the check will fail.
+    """
     vector = module.get_parameter(name).detach()
     return jvp(lambda v: functional_call(module, {name: v}, (x,)), (vector,), (torch.ones_like(vector),))[1].detach()
 
@@ -142,12 +149,12 @@ def inner_products(layers, layers2):
     products = layers[0][1].new_zeros(N, U, M, U)
     for (x, g), (x2, g2) in zip(layers, layers2, strict=True):
         g = g.flatten(2)  # (N, U, T*O)
-        for m in range(M):  # one state of the second block, and all of the first: large matrix products
+        for m in range(M):  # one state of the second block with many of the first, in two large matrix products
             first = m if layers is layers2 else 0
             # x_t . x'_s, (N, T, T2). For one-hot vectors, as long as the vocabulary, comparing their tokens is enough.
             alike = x[first:] @ x2[m].T if x.is_floating_point() else (x[first:] == x2[m].T).to(g.dtype)
             weighted = alike @ g2[m].permute(1, 2, 0).flatten(1)  # (N, T, O*U): sum_s (x_t . x'_s) g'_s
-            products[first:, :, m] += g[first:] @ weighted.view(len(weighted), -1, U)
+            products[first:, :, m] += g[first:] @ weighted.view(len(weighted), -1, U)  # (N, U, U): sum_t g_t . of these
     return products
 
 
@@ -165,11 +172,13 @@ def body_function(body):
 
 
 def agrees_with_autograd(body, products, states, states2):
-    """Whether the products are right in one random direction: draw numbers a and a2 for all outputs u and u2. Then
+    """Whether the products are right in one random direction. We draw a number a for every output u and an a2 for every
+    u2. By linearity
 
-        sum a products a2 = <grad sum a u, grad sum a2 u2>
+        sum a products a2 = <grad sum a u, grad sum a2 u2>,
 
-    and the right side takes two ordinary backward passes. A wrong term is found unless it is as small as rounding.
+    and the right side takes only two ordinary backward passes, in all parameters of the body, whatever layers it has. A
+    layer that is missing or wrong in `products` changes the left side.
     """
     features, theta = body_function(body)
 

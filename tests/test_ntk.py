@@ -222,8 +222,8 @@ class Scale(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.full((d,), 1.5))
 
-    def forward(self, x):
-        return x * self.gain
+    def forward(self, x, scale=1.0):
+        return scale * x * self.gain
 
 
 class Twice(nn.Module):
@@ -342,7 +342,15 @@ def with_a_layer_of_all_tokens_at_once(body):
 
 
 def with_a_layer_that_returns_two_things(body):
+    body.blocks[0].mlp[1] = First(TwoParts(32), 2.0)
+
+
+def with_a_layer_of_one_argument_that_returns_two_things(body):
     body.blocks[0].mlp[1] = First(TwoParts(32))
+
+
+def with_a_layer_of_two_arguments(body):
+    body.blocks[0].mlp[1] = Times(Scale(32), 2.0)
 
 
 def with_a_table_that_is_no_embedding(body):
@@ -367,6 +375,8 @@ def with_an_embedding_that_ignores_a_token(body):
         with_a_subclass,
         with_a_layer_of_all_tokens_at_once,
         with_a_layer_that_returns_two_things,
+        with_a_layer_of_one_argument_that_returns_two_things,
+        with_a_layer_of_two_arguments,
         with_a_table_that_is_no_embedding,
         with_a_hook_that_ablates,
         with_an_embedding_that_ignores_a_token,
@@ -404,17 +414,26 @@ class TwoParts(nn.Module):
         super().__init__()
         self.sink = nn.Parameter(torch.randn(d))
 
-    def forward(self, x, scale):
+    def forward(self, x, scale=1.0):
         return scale * x * self.sink, None
 
 
-class First(nn.Module):
-    def __init__(self, inner):
+class Times(nn.Module):
+    """Calls another module with more arguments than its input."""
+
+    def __init__(self, inner, *arguments):
         super().__init__()
-        self.inner = inner
+        self.inner, self.arguments = inner, arguments
 
     def forward(self, x):
-        return self.inner(x, 2.0)[0]
+        return self.inner(x, *self.arguments)
+
+
+class First(Times):
+    """And returns the first of the things that it returns."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
 
 
 def with_rms_norms(body):

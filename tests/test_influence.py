@@ -24,16 +24,16 @@ def batch_of_states(seed, **sizes):
 
 @given(seed=seeds, block=st.integers(1, 9))
 def test_influence_is_the_kernel_between_residuals(seed, block):
-    """Entry by entry A_i g_j^T K(x_j, x_i) g_i, with K from empirical_ntk, which never forms a token's gradient. Both
+    """Entry by entry A_i r_j^T K(x_j, x_i) r_i, with K from empirical_ntk, which never forms a token's gradient. Both
     are exact: 1e-10 leaves room for sums over some thousand parameters."""
     model, tokens, _, states, advantages = batch_of_states(seed)
     kernel = empirical_ntk(model, tokens, states)
     row, t = states.nonzero(as_tuple=True)
-    g = residuals(model(tokens)[states].detach(), tokens[row, t + 1])
+    r = residuals(model(tokens)[states].detach(), tokens[row, t + 1])
     R, G = influence(model, tokens, states, advantages, block)
-    expected = torch.einsum("jv,jviw,iw,i->ij", g, kernel.gradient, g, advantages[row])
+    expected = torch.einsum("jv,jviw,iw,i->ij", r, kernel.gradient, r, advantages[row])
     torch.testing.assert_close(G, expected, rtol=1e-10, atol=1e-10)
-    expected = torch.einsum("jv,ji,iv,i->ij", g, kernel.representation, g, advantages[row])
+    expected = torch.einsum("jv,ji,iv,i->ij", r, kernel.representation, r, advantages[row])
     torch.testing.assert_close(R, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -100,15 +100,15 @@ class Largest(TorchDispatchMode):
 
 
 def test_influence_never_holds_all_tokens_gradients():
-    """N tokens and P parameters: nothing is near N P numbers, and less with smaller blocks."""
+    """Nothing is near as many numbers as N tokens' gradients have, and less with smaller blocks."""
     model, tokens, _, states, advantages = batch_of_states(0, rows=30, length=6, model=tiny_gpt(0, 5, 8, 1, 1, 32))
-    N, P = int(states.sum()), sum(p.numel() for p in model.body.parameters())
+    N, parameters = int(states.sum()), sum(p.numel() for p in model.body.parameters())
     largest = []
     for block in (64, 16):
         with Largest() as seen:
             influence(model, tokens, states, advantages, block)
         largest.append(seen.numbers)
-    assert largest[0] < N * P / 8 and largest[1] < N * P / 16
+    assert largest[0] < N * parameters / 8 and largest[1] < N * parameters / 16
 
 
 def measured(model, tokens, mask, advantages, lr):
@@ -136,7 +136,7 @@ def test_its_column_sums_are_what_one_sgd_step_does_up_to_second_order(seed):
 
 @given(seed=seeds)
 def test_a_token_teaches_itself_what_its_advantage_says(seed):
-    """K(x, x) is positive semidefinite, so g^T K g >= 0: each part of (i, i) has the sign of A_i. Rows without an
+    """K(x, x) is positive semidefinite, so r^T K r >= 0: each part of (i, i) has the sign of A_i. Rows without an
     advantage teach nothing."""
     model, tokens, _, states, advantages = batch_of_states(seed)
     advantages[0] = 0.0
@@ -148,7 +148,7 @@ def test_a_token_teaches_itself_what_its_advantage_says(seed):
 
 @given(seed=seeds)
 def test_influence_does_not_depend_on_what_is_frozen_or_on_the_vocabulary_s_gauge(seed):
-    """The body's requires_grad does not matter, and W + 1 v^T is the same policy: 1^T g = 0."""
+    """The body's requires_grad does not matter, and W + 1 v^T is the same policy: 1^T r = 0."""
     model, tokens, _, states, advantages = batch_of_states(seed)
     parts = influence(model, tokens, states, advantages)
     with torch.no_grad():

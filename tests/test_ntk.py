@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import generator, seeds, states, tiny_gpt
 from torch import nn
 
+from fast_ntk import as_linear, inner_products
 from minicfrl import token_logp
 from model import GPT, GPTConfig
 from ntk import empirical_ntk, gradient_by_definition, influence, logit_change
@@ -26,7 +27,7 @@ shapes = st.fixed_dictionaries(
 
 
 def gradients_of_logits(model, tokens, mask, parameters):
-    """(N, V, P): one autograd.grad for every logit of every state, a parameter after the other."""
+    """(N, V, number of parameters): one autograd.grad for every logit of every state, a parameter after the other."""
     logits = model(tokens)[mask]  # (N, V)
     rows = [torch.autograd.grad(logit, parameters, retain_graph=True) for logit in logits.flatten()]
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).view(*logits.shape, -1)
@@ -101,6 +102,28 @@ def test_the_fast_way_is_the_definition(seed, shape):
     model = tiny_gpt(seed, **shape)
     left, right = states(model, 2, 4, seed), states(model, 1, 6, seed + 1)
     assert_equal(empirical_ntk(model, *left, *right).gradient, gradient_by_definition(model, *left, *right))
+
+
+@given(
+    seed=seeds, lengths=st.tuples(st.integers(1, 5), st.integers(1, 5)), bias=st.booleans(), states=st.integers(1, 3)
+)
+def test_one_layer_s_inputs_and_backpropagated_gradients_have_the_inner_products_of_its_gradients(
+    seed, lengths, bias, states
+):
+    """The identity of fast_ntk.py, <grad u, grad u'> = sum_{t,s} (g_t . g'_s)(x_t . x'_s), against autograd's gradients
+    of two outputs u, each a function of all the layer's outputs that is not linear, in weight and bias."""
+    torch.manual_seed(seed)
+    layer, pairs, gradients = nn.Linear(3, 2, bias), [], []
+    for T in lengths:
+        x = torch.randn(states, T, 3)
+        y = layer(x)
+        outputs = torch.stack((y.sin().sum(dim=(1, 2)), y.flatten(1).cumsum(dim=1).cos().sum(dim=1)), dim=1)  # (N, 2)
+        g = [torch.autograd.grad(outputs[:, u].sum(), y, retain_graph=True)[0] for u in range(2)]
+        pairs.append([as_linear(layer, x, torch.stack(g, dim=1))])
+        each = [torch.autograd.grad(u, list(layer.parameters()), retain_graph=True) for u in outputs.flatten()]
+        gradients.append(torch.stack([torch.cat([part.flatten() for part in parts]) for parts in each]))
+    expected = (gradients[0] @ gradients[1].T).view(states, 2, states, 2)
+    torch.testing.assert_close(inner_products(*pairs), expected, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------ structure
@@ -201,6 +224,13 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return x * self.gain
+
+
+class ScaleBy(Scale):
+    """And a second argument, without which it cannot be called."""
+
+    def forward(self, x, scale):
+        return scale * super().forward(x)
 
 
 class Twice(nn.Module):
@@ -319,7 +349,15 @@ def with_a_layer_of_all_tokens_at_once(body):
 
 
 def with_a_layer_that_returns_two_things(body):
+    body.blocks[0].mlp[1] = First(TwoParts(32), 2.0)
+
+
+def with_a_layer_of_one_argument_that_returns_two_things(body):
     body.blocks[0].mlp[1] = First(TwoParts(32))
+
+
+def with_a_layer_of_two_arguments(body):
+    body.blocks[0].mlp[1] = Times(ScaleBy(32), 2.0)
 
 
 def with_a_table_that_is_no_embedding(body):
@@ -344,6 +382,8 @@ def with_an_embedding_that_ignores_a_token(body):
         with_a_subclass,
         with_a_layer_of_all_tokens_at_once,
         with_a_layer_that_returns_two_things,
+        with_a_layer_of_one_argument_that_returns_two_things,
+        with_a_layer_of_two_arguments,
         with_a_table_that_is_no_embedding,
         with_a_hook_that_ablates,
         with_an_embedding_that_ignores_a_token,
@@ -381,17 +421,26 @@ class TwoParts(nn.Module):
         super().__init__()
         self.sink = nn.Parameter(torch.randn(d))
 
-    def forward(self, x, scale):
+    def forward(self, x, scale=1.0):
         return scale * x * self.sink, None
 
 
-class First(nn.Module):
-    def __init__(self, inner):
+class Times(nn.Module):
+    """Calls another module with more arguments than its input."""
+
+    def __init__(self, inner, *arguments):
         super().__init__()
-        self.inner = inner
+        self.inner, self.arguments = inner, arguments
 
     def forward(self, x):
-        return self.inner(x, 2.0)[0]
+        return self.inner(x, *self.arguments)
+
+
+class First(Times):
+    """And returns the first of the things that it returns."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
 
 
 def with_rms_norms(body):

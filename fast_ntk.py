@@ -1,0 +1,202 @@
+"""An appendix to ntk.py: how the gradient component G becomes fast. Nothing here changes what G is.
+
+An entry of G is the inner product of two gradients, each as long as the body has parameters. We never write such a
+gradient out, because one identity gives the inner product without it. A linear layer computes y_t = weight x_t at every
+token t. Let u be any number that is computed from these y_t, and let g_t = du/dy_t, which backpropagation gives. The
+gradient of u in the weight is sum_t g_t x_t^T, so the gradients of two such numbers have the inner product
+
+    <grad u, grad u'> = sum_{t,s} (g_t . g'_s) (x_t . x'_s)
+
+It takes only what goes into the layer, x, and what backpropagation brings back to it, g. On one layer:
+
+>>> layer, x, x2 = nn.Linear(3, 2, bias=False), torch.randn(4, 3), torch.randn(5, 3)  # 4 tokens and 5 other tokens
+>>> y, y2 = layer(x), layer(x2)
+>>> u, u2 = y.sin().sum(), y2.cos().sum()
+>>> (gradient, g), (gradient2, g2) = grad(u, (layer.weight, y)), grad(u2, (layer.weight, y2))
+>>> torch.allclose((gradient * gradient2).sum(), ((g @ g2.T) * (x @ x2.T)).sum(), atol=1e-4)
+True
+
+A body is many layers, and its gradient is theirs one after the other, so their inner products add up:
+
+1. `linear_layers` runs the body, and records the inputs x of every layer and the backpropagated g of every output u.
+2. `as_linear` brings biases, embeddings and norms into the same form, a pair (x, g).
+3. `inner_products` adds up the identity over all layers.
+4. `gradient_products` does this for all states, some at a time, and then checks the result against autograd in one
+   random direction. The check is needed because a body may have parameters that none of this knows of, or may use a
+   layer in an unusual way. Such a body is refused with the exception `UnknownBody`.
+
+Letters: B rows of tokens; T tokens of a row; N, M numbers of states, where a state is a prefix of a row; d features; U
+outputs u of a state; I inputs and O outputs of a layer. Of two sets of states, M, x2, g2, ... belong to the second.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.func import functional_call, jvp
+
+
+class UnknownBody(ValueError):
+    """The body is not all linear layers, embeddings and norms. The message names what else there is."""
+
+
+def gradient_products(body, block, states, states2=None):
+    """The inner products (N, U, M, U) of the gradients of all outputs in the body's parameters: between the N states
+    `states` and the M states `states2`, or among `states` alone.
+
+    A set of states is a triple: tokens (B, T), a mask (B, T) that selects N of their positions, and constants C
+    (N, U, d). The outputs u of a state with features phi are the U numbers C phi. With C = W they are the logits. With
+    the single row C = (e_y - pi)^T W, the gradient of u is that of log pi(y).
+
+    Cost: U backward passes per state and pair of blocks, and N M U T (T + U) O multiplications for every layer, of
+    which we do half when there is only one set of states. Memory besides the result: U T O numbers for every layer of
+    every state in two blocks of `block` states. Neither contains the number of parameters.
+    """
+    (N, U), M = states[2].shape[:2], len((states2 or states)[2])
+    blocks = [slice(first, first + block) for first in range(0, N, block)]
+    blocks2 = [slice(first, first + block) for first in range(0, M, block)]
+    products = states[2].new_empty(N, U, M, U)
+    for i, here in enumerate(blocks):
+        layers = linear_layers(body, states, here)
+        for there in blocks2 if states2 else blocks[: i + 1]:
+            layers2 = layers if not states2 and there == here else linear_layers(body, states2 or states, there)
+            products[here, :, there] = inner_products(layers, layers2)
+    if not states2:  # the products are symmetric, and above only those with n >= m were computed
+        for m in range(M):
+            products[m, :, m + 1 :] = products[m + 1 :, :, m].permute(2, 0, 1)
+    if not agrees_with_autograd(body, products, states, states2 or states):
+        raise UnknownBody(f"the body is not all linear layers, embeddings and norms, each used once ({suspects(body)})")
+    return products
+
+
+@torch.enable_grad()
+def linear_layers(body, states, chosen):
+    """For every layer a pair, inputs x (N, T, I) and backpropagated g (N, U, T, O), for N states, a slice of `states`.
+
+    All rows are cut after the longest state. A shorter state does not depend on the tokens after it: its g is 0 there.
+    """
+    tokens, mask, C = states
+    row, position = (index[chosen] for index in mask.nonzero(as_tuple=True))  # (N,) each
+    rows, calls = tokens[row, : position.max() + 1], []  # (N, T)
+    N, T = rows.shape
+
+    def record(module, arguments, y):
+        if len(arguments) == 1 and isinstance(y, Tensor):
+            x = arguments[0].detach()
+            if isinstance(module, nn.Embedding) and x.shape in ((T,), (1, T)):
+                # The embeddings of the positions are the same for all rows. Every row needs a g of its own.
+                x, y = x.expand(N, T), y.detach().expand(N, T, -1)
+            if y.shape[:2] == (N, T):
+                calls.append((module, x, y.requires_grad_()))  # so a graph begins here even if the layer is frozen
+        return y  # What is not recorded is missing from the products. If it matters, the check at the end fails.
+
+    known = [module for module in body.modules() if [*module.parameters(recurse=False)] and is_known(module)]
+    handles = [module.register_forward_hook(record) for module in known]
+    try:
+        phi = body(rows)[torch.arange(N), position]  # (N, d)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The U outputs take one batched backward pass. In it we differentiate the sum over the N states, because a state
+    # depends on its own row alone: what arrives at a row is the g of that row's state.
+    ys, each = [y for *_, y in calls], C[chosen].transpose(0, 1)  # (U, N, d)
+    gs = grad(phi, ys, each, is_grads_batched=True, materialize_grads=True)  # (U, N, T, ..., O) for every layer
+    return [as_linear(module, x, g.transpose(0, 1)) for (module, x, _), g in zip(calls, gs, strict=True)]
+
+
+def is_known(module):
+    """Whether its own parameters are a weight matrix and perhaps a bias, as in a linear layer or an embedding, or only
+    vectors, as in a norm, or none at all. GPT-2, GPT-NeoX, Llama and Qwen2 consist of such modules: rotary positions,
+    for example, have no parameters."""
+    dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
+
+
+def as_linear(module, x, g):
+    """The pair (N, T, I), (N, U, T, O) of a module that took x (N, T, ...) and to which g (N, U, T, ..., O) came back.
+
+    The inputs of an embedding stay tokens, (N, T, 1), and stand for one-hot vectors. A module that is used for each of
+    several heads has one more dimension after T; its heads count as more tokens.
+    """
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if all(module.get_parameter(name).ndim == 1 for name in names):
+        # A norm's gain or bias is only a vector, so here we do write out the gradient: the sum over t of g_t times a
+        # slope. As the g of a layer that sees one token, whose one input is 1, it has the right inner products.
+        by_name = [(g * slope(module, name, x)[:, None]).flatten(2, -2).sum(2, keepdim=True) for name in names]
+        return x.new_ones(len(x), 1, 1), torch.cat(by_name, dim=3)  # (N, 1, 1), (N, U, 1, O)
+    g = g.flatten(2, -2)
+    x = x.reshape(len(x), g.size(2), -1)
+    if "bias" in names:  # the weight of one more input, which is always 1
+        x = nn.functional.pad(x, (0, 1), value=1.0)
+    # After the last attention, an output depends on no token but the state's own, so g is 0 at all tokens before the
+    # shortest state's own. We leave those out.
+    start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
+    return x[:, start:], g[:, :, start:]
+
+
+def slope(module, name, x):
+    """How fast each entry of the module's output grows with its own entry of the vector `name`, a gain or a bias.
+
+    If an entry of the vector acts on other outputs too, this is not the whole derivative, and the check will fail.
+    """
+    vector = module.get_parameter(name).detach()
+    return jvp(lambda v: functional_call(module, {name: v}, (x,)), (vector,), (torch.ones_like(vector),))[1].detach()
+
+
+def inner_products(layers, layers2):
+    """The identity, summed over the layers: (N, U, M, U) between the states of two blocks. If both are the same block,
+    we compute only what has n >= m."""
+    (N, U), M = layers[0][1].shape[:2], len(layers2[0][1])
+    products = layers[0][1].new_zeros(N, U, M, U)
+    for (x, g), (x2, g2) in zip(layers, layers2, strict=True):
+        g = g.flatten(2)  # (N, U, T*O)
+        for m in range(M):  # one state of the second block with many of the first, in two large matrix products
+            first = m if layers is layers2 else 0
+            # x_t . x'_s, (N, T, T2). For one-hot vectors, as long as the vocabulary, comparing their tokens is enough.
+            alike = x[first:] @ x2[m].T if x.is_floating_point() else (x[first:] == x2[m].T).to(g.dtype)
+            weighted = alike @ g2[m].permute(1, 2, 0).flatten(1)  # (N, T, O*U): sum_s (x_t . x'_s) g'_s
+            products[first:, :, m] += g[first:] @ weighted.view(len(weighted), -1, U)  # (N, U, U): sum_t g_t . of these
+    return products
+
+
+def body_function(body):
+    """The body as a function, ({name: parameter}, tokens (B, T)) -> features (B, T, d), and its parameters."""
+    names = {parameter: name for name, parameter in body.named_parameters()}
+    # All places of each parameter, because functional_call by itself breaks a module that is registered twice.
+    places = {at: names[p] for path, m in body.named_modules() for at, p in m.named_parameters(path, False, False)}
+    theta = {name: parameter.detach() for parameter, name in names.items()}
+
+    def features(theta, tokens):
+        return functional_call(body, {at: theta[name] for at, name in places.items()}, (tokens,), tie_weights=False)
+
+    return features, theta
+
+
+def agrees_with_autograd(body, products, states, states2):
+    """Whether the products are right in one random direction. We draw a number a for every output u and an a2 for every
+    u2. By linearity
+
+        sum a products a2 = <grad sum a u, grad sum a2 u2>,
+
+    and the right side takes only two ordinary backward passes, in all parameters of the body, whatever layers it has. A
+    layer that is missing or wrong in `products` changes the left side.
+    """
+    features, theta = body_function(body)
+
+    def direction(seed, tokens, mask, C):
+        a = torch.randn(C.shape[:2], dtype=C.dtype, generator=torch.Generator().manual_seed(seed))  # (N, U)
+        c = torch.einsum("nu,nud->nd", a, C)  # sum a u = sum c phi
+        gradient = torch.func.grad(lambda theta: (c * features(theta, tokens)[mask]).sum())(theta)
+        return a.flatten().double(), torch.cat([part.flatten() for part in gradient.values()]).double()
+
+    # In double precision, because in float32 rounding in these sums of up to 10^8 products would hide an error.
+    (a, gradient), (a2, gradient2) = direction(0, *states), direction(1, *states2)
+    error = a @ products.view(len(a), len(a2)).double() @ a2 - gradient @ gradient2
+    rounding = torch.finfo(products.dtype).eps * gradient.norm() * gradient2.norm()
+    return error.abs() <= 1000 * rounding  # in the tests up to 100 of it occur; a layer that is left out gives far more
+
+
+def suspects(body):
+    """The names of the modules that may be why the check failed. A subclass of nn.Embedding may scale its output."""
+    odd = {m for m in body.modules() if isinstance(m, nn.Embedding) and type(m) is not nn.Embedding}
+    named = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if m in odd or not is_known(m)]
+    return ", ".join(named) or "one is shared, hooked or not what it seems"

@@ -67,8 +67,7 @@ class RLConfig:
         check(known, f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, not {self.optimizer!r}")
         check(callable(self.reward), f"reward must be a function of a rollout, not {self.reward!r}")
         check(self.baseline in BASELINES, f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
-        alone = self.samples == 1 and self.baseline != "none"
-        check(not alone, f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
+        check(self.samples > 1 or self.baseline == "none", f"samples=1 leaves the baseline {self.baseline!r} no group")
 
 
 def _check_stages(stages):
@@ -124,8 +123,7 @@ def sequence_logp(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _logp_of_last(logits, tokens):
     """Log-probabilities (B, T-1) from the logits (B, L, V) that the last L of the tokens (B, T) were chosen from."""
-    logp = token_logp(logits, tokens[:, -logits.size(1) :])  # (B, L)
-    return nn.functional.pad(logp, (tokens.size(1) - 1 - logits.size(1), 0))
+    return nn.functional.pad(token_logp(logits, tokens[:, -logits.size(1) :]), (tokens.size(1) - 1 - logits.size(1), 0))
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
@@ -203,8 +201,7 @@ def train_rl(model: nn.Module, task, config: RLConfig, generator: torch.Generato
                 prompts = [task.prompt(*pair) for pair in _draw_pairs(task, config.prompts, generator)]
                 batch = rollout(model, task, prompts, config.samples, generator)
                 rewards = torch.as_tensor(config.reward(batch, generator), dtype=batch.rewards.dtype).detach()  # (P, S)
-                right, shape = rewards.shape == batch.rewards.shape, tuple(rewards.shape)
-                check(right, f"reward must return numbers of shape {tuple(batch.rewards.shape)}, (P, S), not {shape}")
+                check(rewards.shape == batch.rewards.shape, f"reward gave {tuple(rewards.shape)} numbers, not (P, S)")
                 # Compare every sample with its group.
                 advantages = group_advantages(rewards, config.baseline)  # (P, S)  (E2)
                 if reference is not None:
@@ -349,8 +346,7 @@ class SFTConfig:
 def _demonstrations(task, config, generator):
     """A batch of demonstrations of training pairs: tokens (B, T), and the mask (B, T) of their responses."""
     pairs = _draw_pairs(task, config.rows, generator)
-    shares = torch.tensor([float(share) for share in config.mixture])
-    choices = shares.multinomial(config.rows, replacement=True, generator=generator).tolist()
+    choices = torch.tensor([*map(float, config.mixture)]).multinomial(config.rows, True, generator=generator).tolist()
     rows, masks = [], []
     for pair, choice in zip(pairs, choices, strict=True):
         prompt, pattern = task.prompt(*pair), task.patterns[choice]
@@ -504,9 +500,8 @@ class Addition:
 
     def encode(self, text: str) -> list[int]:
         """Text -> tokens, one per character. ValueError naming a foreign character."""
-        for character in text:
-            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
-                raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
+        for character in sorted(set(text) - set(self.alphabet)):  # tiktoken would panic, beyond `except Exception`
+            raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
         return self.tokenizer.encode_ordinary(text)
 
     def decode(self, tokens: Sequence[int]) -> str:

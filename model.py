@@ -175,19 +175,17 @@ def check_policy(model: nn.Module, tokens: Tensor) -> nn.Module:
     """The policy itself, out of torch.compile's wrapper. ValueError, naming the reason, unless it is what GPT says that
     a policy is; the first row of `tokens` (B, T) is tried."""
     model = getattr(model, "_orig_mod", model)
-    W, plain = model.classifier.weight, type(model.classifier) is nn.Linear and model.classifier.bias is None
-    plain = plain and isinstance(W, nn.Parameter)  # weight_norm, for one, computes it from others
-    check(
-        plain, f"the classifier must be nn.Linear with bias=False, else logits are not W phi (E1): {model.classifier}"
-    )
+    head = model.classifier
+    plain = type(head) is nn.Linear and head.bias is None and isinstance(head.weight, nn.Parameter)  # no weight_norm
+    check(plain, f"the classifier must be nn.Linear with bias=False, else logits are not W phi (E1): {head}")
     for name, parameter in model.body.named_parameters():
-        apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
+        apart = parameter.untyped_storage().data_ptr() != head.weight.untyped_storage().data_ptr()
         check(apart, f"the classifier is tied to body.{name}, so W is a part of the body too: untie them")
     check_tokens(model, tokens)
     with torch.no_grad():
         logits, phi = model(tokens[:1]), model.features(tokens[:1])
-        W_phi = nn.functional.linear(phi[:, -logits.size(1) :], W)
-    rounding = 100 * torch.finfo(W.dtype).eps * W_phi.abs().max()  # because not every device adds in one order
+        W_phi = nn.functional.linear(phi[:, -logits.size(1) :], head.weight)
+    rounding = 100 * torch.finfo(phi.dtype).eps * W_phi.abs().max()  # because not every device adds in one order
     odd = (logits - W_phi).abs().max() > rounding
     check(not odd, "logits are not W phi (E1): either something is done to them, or dropout is on: call model.eval()")
     return model

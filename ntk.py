@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
 from fast_ntk import UnknownBody, body_function, gradient_products
-from model import GPT, check, check_counts, check_tokens, confidence, entropy, residuals
+from model import check, check_counts, check_policy, confidence, entropy, residuals
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,20 @@ class NTK:
 
 
 def _check_states(model, tokens, mask):
-    """Raise ValueError unless `mask` selects states of `tokens`, the logits are W phi where W is no part of the body,
-    and phi is the same at every call."""
-    check_tokens(model, tokens)
+    """The policy, out of a compiled one. ValueError unless it has a kernel and `mask` selects states of `tokens`."""
+    inference = tokens.is_inference() or torch.is_inference_mode_enabled()
+    check(not inference, "nothing can be differentiated in torch.inference_mode: use torch.no_grad")
+    model = check_policy(model, tokens)
     fits = mask.shape == tokens.shape and mask.dtype == torch.bool
     check(fits, f"mask {tuple(mask.shape)} {mask.dtype} does not fit tokens {tuple(tokens.shape)}")
     check(mask.any(), "mask selects no state")
-    inference = tokens.is_inference() or torch.is_inference_mode_enabled()
-    check(not inference, "nothing can be differentiated in torch.inference_mode: use torch.no_grad")
-    plain = type(model.classifier) is nn.Linear and model.classifier.bias is None
-    check(plain, f"the classifier must be nn.Linear with bias=False, else K is not R + G: {model.classifier}")
     W = model.classifier.weight
     exact = W.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(W.device.type)
     check(exact, f"the kernel needs float32 or float64 without torch.autocast, and the model is in {W.dtype}")
-    for name, parameter in model.body.named_parameters():
-        apart = parameter.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
-        check(apart, f"the classifier is tied to body.{name}, so K is not R + G: untie them")
-    # One row is enough to see it. We compare up to rounding, because not every device adds in the same order.
-    same = torch.allclose(*(model.features(tokens[:1]) for _ in range(2)), equal_nan=True)
-    check(same, "two passes of the body differ, for dropout or other noise: call model.eval() first")
+    return model
 
 
-def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Tensor, mask2: Tensor) -> Tensor:
+def gradient_by_definition(model: nn.Module, tokens: Tensor, mask: Tensor, tokens2: Tensor, mask2: Tensor) -> Tensor:
     """G as it is defined (E7), (N, V, M, V): two Jacobians of the logits in every parameter of the body, contracted.
 
     It holds (N + M) V numbers for every parameter of the body, and adds N V M V products for each.
@@ -81,7 +73,7 @@ def gradient_by_definition(model: GPT, tokens: Tensor, mask: Tensor, tokens2: Te
     return sum(torch.einsum("nvp,mwp->nvmw", J[name].flatten(2), J2[name].flatten(2)) for name in J)
 
 
-def empirical_ntk(model: GPT, tokens: Tensor, mask: Tensor, tokens2=None, mask2=None, block: int = 64) -> NTK:
+def empirical_ntk(model: nn.Module, tokens: Tensor, mask: Tensor, tokens2=None, mask2=None, block: int = 64) -> NTK:
     """The exact NTK (E7) between the N states that `mask` selects of `tokens`, both (B, T), and M others or themselves.
 
     The states come in row-major order, and one row may have several. The dtype is the model's, float32 or float64. A
@@ -96,7 +88,7 @@ def empirical_ntk(model: GPT, tokens: Tensor, mask: Tensor, tokens2=None, mask2=
     check((tokens2 is None) == (mask2 is None), "tokens2 and mask2 go together: one of them is missing")
     sides = [(tokens, mask)] if tokens2 is None else [(tokens, mask), (tokens2, mask2)]
     for side in sides:
-        _check_states(model, *side)
+        model = _check_states(model, *side)
     phi = [model.features(tokens)[mask].detach() for tokens, mask in sides]  # (N, d) and, of two sides, (M, d)
     W = model.classifier.weight.detach()
     # We differentiate U numbers C phi per state: the logits, or the features themselves if those are fewer.
@@ -115,7 +107,7 @@ def empirical_ntk(model: GPT, tokens: Tensor, mask: Tensor, tokens2=None, mask2=
 # ------------------------------------------------------------------------------------------------- what an update does
 
 
-def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def logit_change(model: nn.Module, tokens: Tensor, mask: Tensor, update: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The first-order change of the logits under any update of the parameters, as its two parts, (N, V) each:
 
         df = dW phi + W dphi + O(|update|^2)                                                       (E8)
@@ -128,7 +120,7 @@ def logit_change(model: GPT, tokens: Tensor, mask: Tensor, update: dict[str, Ten
     `update` maps names of parameters to their changes, new - old. A parameter that it does not name does not change.
     Raises ValueError for an unknown name or a wrong shape, and for whatever `empirical_ntk` refuses.
     """
-    _check_states(model, tokens, mask)
+    model = _check_states(model, tokens, mask)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, change in update.items():
         check(name in parameters, f"update names {name!r}, which is no parameter of the model")
@@ -217,7 +209,7 @@ def split_effect(logits: Tensor, through_W: Tensor, through_body: Tensor, cross:
 # ---------------------------------------------------------------------------------------------------- who teaches whom
 
 
-def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+def influence(model: nn.Module, tokens: Tensor, mask: Tensor, advantages: Tensor, block=256) -> tuple[Tensor, Tensor]:
     """Who teaches whom: what sampled token i does to log pi of sampled token j, as R's and G's part, (N, N) each,
 
         A_i r_j^T K(x_j, x_i) r_i,    r = e_y - pi,                                                 (E10)
@@ -234,7 +226,7 @@ def influence(model: GPT, tokens: Tensor, mask: Tensor, advantages: Tensor, bloc
     the definition.
     """
     check_counts(block=block)
-    _check_states(model, tokens, mask)
+    model = _check_states(model, tokens, mask)
     check(not mask[:, -1].any(), "mask selects the last position, which no token follows")
     check(advantages.shape == mask.shape[:1], f"advantages {(*advantages.shape,)} do not fit tokens {(*tokens.shape,)}")
     row, t = mask.nonzero(as_tuple=True)  # (N,) each

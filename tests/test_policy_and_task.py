@@ -37,7 +37,7 @@ def test_rewards_of_another_shape_are_refused_in_both_kinds_of_stage(trains, sha
     """P = 4 prompts, S = 2 samples. (1, 8) would compare across groups, (8, 1) never learn, (2, 4) mix up groups."""
     model, wrong = policy(), lambda batch, draws: torch.ones(shape)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"reward must return numbers of shape \(4, 2\), \(P, S\), not \("):
+    with pytest.raises(ValueError, match=r"reward gave \(.*\) numbers, not \(P, S\)"):
         update(model, TinyTask(), trains, wrong)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 

@@ -18,12 +18,12 @@ True
 
 A body is many layers, and its gradient is theirs one after the other, so their inner products add up:
 
-1. `linear_layers` runs the body, and records the inputs x of every layer and the backpropagated g of every output u.
+1. `inputs_and_backprops` runs the body, and records the inputs x and the backpropagated g of every layer.
 2. `as_linear` brings biases, embeddings and norms into the same form, a pair (x, g).
 3. `inner_products` adds up the identity over all layers.
-4. `gradient_products` does this for all states, some at a time, and then checks the result against autograd in one
-   random direction. The check is needed because a body may have parameters that none of this knows of, or may use a
-   layer in an unusual way. Such a body is refused with the exception `UnknownBody`.
+4. `gradient_products` does this for all states, some at a time. Then it checks the result against autograd in one
+   direction, drawn at random with a fixed seed. The check is needed because a body may have parameters that none of
+   this knows of, or may use a layer in an unusual way. Such a body is refused with the exception `UnknownBody`.
 
 Letters: B rows of tokens; T tokens of a row; N, M numbers of states, where a state is a prefix of a row; d features; U
 outputs u of a state; I inputs and O outputs of a layer. Of two sets of states, M, x2, g2, ... belong to the second.
@@ -39,7 +39,7 @@ class UnknownBody(ValueError):
     """The body is not all linear layers, embeddings and norms. The message names what else there is."""
 
 
-def gradient_products(body, block, states, states2=None):
+def gradient_products(body, size, states, states2=None):
     """The inner products (N, U, M, U) of the gradients of all outputs in the body's parameters: between the N states
     `states` and the M states `states2`, or among `states` alone.
 
@@ -47,19 +47,20 @@ def gradient_products(body, block, states, states2=None):
     (N, U, d). The outputs u of a state with features phi are the U numbers C phi. With C = W they are the logits. With
     the single row C = (e_y - pi)^T W, the gradient of u is that of log pi(y).
 
-    Cost: U backward passes per state and pair of blocks, and N M U T (T + U) O multiplications for every layer, of
-    which we do half when there is only one set of states. Memory besides the result: U T O numbers for every layer of
-    every state in two blocks of `block` states. Neither contains the number of parameters.
+    We take the states in blocks of `size`. Cost: U backward passes per state and pair of blocks, and N M U T (T + U) O
+    multiplications for every layer, of which we do half when there is only one set of states. Memory besides the
+    result: U T O numbers for every layer of every state in two blocks. Neither contains the number of parameters.
     """
     (N, U), M = states[2].shape[:2], len((states2 or states)[2])
-    blocks, blocks2 = ([slice(first, first + block) for first in range(0, size, block)] for size in (N, M))
+    blocks, blocks2 = ([slice(first, first + size) for first in range(0, count, size)] for count in (N, M))
     products = states[2].new_empty(N, U, M, U)
-    for i, here in enumerate(blocks):
-        layers = linear_layers(body, states, here)
-        for there in blocks2 if states2 else blocks[: i + 1]:
-            layers2 = layers if not states2 and there == here else linear_layers(body, states2 or states, there)
-            products[here, :, there] = inner_products(layers, layers2)
-    if not states2:  # the products are symmetric, and above only those with n >= m were computed
+    for i, block in enumerate(blocks):
+        layers = inputs_and_backprops(body, states, block)
+        for block2 in blocks2 if states2 else blocks[: i + 1]:
+            same = block2 == block and not states2
+            layers2 = layers if same else inputs_and_backprops(body, states2 or states, block2)
+            products[block, :, block2] = inner_products(layers, layers2)
+    if not states2:  # Above we computed the products with n >= m. The others follow, because <a, b> = <b, a>.
         for m in range(M):
             products[m, :, m + 1 :] = products[m + 1 :, :, m].permute(2, 0, 1)
     if not agrees_with_autograd(body, products, states, states2 or states):
@@ -68,25 +69,27 @@ def gradient_products(body, block, states, states2=None):
 
 
 @torch.enable_grad()
-def linear_layers(body, states, chosen):
-    """For every layer a pair, inputs x (N, T, I) and backpropagated g (N, U, T, O), for N states, a slice of `states`.
+def inputs_and_backprops(body, states, block):
+    """For every layer a pair: inputs x (N, T, I), and backpropagated g (N, U, T, O). N are the states of one block.
 
-    All rows are cut after the longest state. A shorter state does not depend on the tokens after it: its g is 0 there.
+    Every state gets a row of its own, up to the length of the longest. A state does not depend on tokens that come
+    after it, so its g is 0 there.
     """
     tokens, mask, C = states
-    row, position = (index[chosen] for index in mask.nonzero(as_tuple=True))  # (N,) each
+    row, position = (index[block] for index in mask.nonzero(as_tuple=True))  # (N,) each
     rows, calls = tokens[row, : position.max() + 1], []  # (N, T)
     N, T = rows.shape
 
     def record(module, arguments, y):
+        """A hook: torch calls it after each layer, and goes on with the y that it returns."""
         if len(arguments) == 1 and isinstance(y, Tensor):
             x = arguments[0].detach()
             if isinstance(module, nn.Embedding) and x.shape in ((T,), (1, T)):
-                # The embeddings of the positions are the same for all rows. Every row needs a g of its own.
+                # Positions are embedded once for all rows. We repeat them, because every row needs a g of its own.
                 x, y = x.expand(N, T), y.detach().expand(N, T, -1)
             if y.shape[:2] == (N, T):
-                calls.append((module, x, y.requires_grad_()))  # so a graph begins here even if the layer is frozen
-        return y  # What is not recorded is missing from the products. If it matters, the check at the end fails.
+                calls.append((module, x, y.requires_grad_()))  # even a frozen layer's y must be in the graph
+        return y
 
     known = [module for module in body.modules() if [*module.parameters(recurse=False)] and is_known(module)]
     handles = [module.register_forward_hook(record) for module in known]
@@ -95,71 +98,70 @@ def linear_layers(body, states, chosen):
     finally:
         for handle in handles:
             handle.remove()
-    # The U outputs take one batched backward pass. In it we differentiate the sum over the N states, because a state
-    # depends on its own row alone: what arrives at a row is the g of that row's state.
-    ys, each = [y for *_, y in calls], C[chosen].transpose(0, 1)  # (U, N, d)
-    gs = grad(phi, ys, each, is_grads_batched=True, materialize_grads=True)  # (U, N, T, ..., O) for every layer
+    # One batched backward pass serves all U outputs u = C phi. Differentiating the sum over the N states keeps them
+    # apart, because a state depends on its own row alone.
+    ys, du_dphi = [y for *_, y in calls], C[block].transpose(0, 1)  # (U, N, d)
+    gs = grad(phi, ys, du_dphi, is_grads_batched=True, materialize_grads=True)  # for every layer (U, N, T, ..., O)
     return [as_linear(module, x, g.transpose(0, 1)) for (module, x, _), g in zip(calls, gs, strict=True)]
 
 
 def is_known(module):
-    """Whether its own parameters are a weight matrix and perhaps a bias, as in a linear layer or an embedding, or only
-    vectors, as in a norm, or none at all. GPT-2, GPT-NeoX, Llama and Qwen2 consist of such modules: rotary positions,
-    for example, have no parameters."""
+    """Whether a module's own parameters are those of a linear layer or an embedding, which is a weight matrix and
+    perhaps a bias; or those of a norm, which are vectors; or none. GPT-2, GPT-NeoX, Llama and Qwen2 are made of such
+    modules. (Their rotary positions, for example, have no parameters.)"""
     dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
     return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
 
 
 def as_linear(module, x, g):
-    """The pair (N, T, I), (N, U, T, O) of a module that took x (N, T, ...) and to which g (N, U, T, ..., O) came back.
+    """A module that took x (N, T, ...) and got g (N, U, T, ..., O) back, as a linear layer x (N, T, I), g (N, U, T, O).
 
-    The inputs of an embedding stay tokens, (N, T, 1), and stand for one-hot vectors. A module that is used for each of
-    several heads has one more dimension after T; its heads count as more tokens.
+    Norm: its gradient is as short as its vectors, so we write it out, as the sum over t of g_t times a slope. It
+    becomes the g of a layer that has one token, whose only input is 1.
+    Embedding: its inputs are one-hot vectors. We keep the tokens, (N, T, 1), that they stand for.
+    Linear layer: its bias is the weight of one more input, which is always 1. A layer that is used for each of several
+    heads has one more dimension after T; the heads count as more tokens.
     """
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if all(module.get_parameter(name).ndim == 1 for name in names):
-        # A norm's gain or bias is only a vector, so here we do write out the gradient: the sum over t of g_t times a
-        # slope. As the g of a layer that sees one token, whose one input is 1, it has the right inner products.
         by_name = [(g * slope(module, name, x)[:, None]).flatten(2, -2).sum(2, keepdim=True) for name in names]
         return x.new_ones(len(x), 1, 1), torch.cat(by_name, dim=3)  # (N, 1, 1), (N, U, 1, O)
     g = g.flatten(2, -2)
     x = x.reshape(len(x), g.size(2), -1)
-    if "bias" in names:  # the weight of one more input, which is always 1
+    if "bias" in names:
         x = nn.functional.pad(x, (0, 1), value=1.0)
-    # After the last attention, an output depends on no token but the state's own, so g is 0 at all tokens before the
-    # shortest state's own. We leave those out.
+    # We leave out the first tokens if all their g are 0. After the last attention those are most of the tokens, because
+    # there an output depends on the state's own token alone.
     start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
     return x[:, start:], g[:, :, start:]
 
 
 def slope(module, name, x):
-    """How fast each entry of the module's output grows with its own entry of the vector `name`, a gain or a bias.
+    """How fast each entry of a norm's output grows with the same entry of its vector `name`, which is a gain or a bias.
 
-    If an entry of the vector acts on other outputs too, this is not the whole derivative, and the check will fail.
+    If an entry of the vector also acts on other entries of the output, the check at the end fails.
     """
     vector = module.get_parameter(name).detach()
     return jvp(lambda v: functional_call(module, {name: v}, (x,)), (vector,), (torch.ones_like(vector),))[1].detach()
 
 
-TILE = 16  # so many states at once keep `weighted` small: with 64, making room for it took a quarter of the time
+TILE = 16  # states that are multiplied at once: with 64, finding memory for `weighted` took a quarter of the time
 
 
 def inner_products(layers, layers2):
-    """The identity, summed over the layers: (N, U, M, U) between the states of two blocks. If both are the same block,
-    we compute only what has n >= m."""
+    """The identity, summed over the layers: (N, U, M, U) between the N states of one block and the M of another. If
+    both are the same block, we compute only what has n >= m."""
     (N, U), M = layers[0][1].shape[:2], len(layers2[0][1])
     products = layers[0][1].new_zeros(N, U, M, U)
     for (x, g), (x2, g2) in zip(layers, layers2, strict=True):
-        g = g.flatten(2)  # (N, U, T*O)
-        for m in range(M):  # one state of the second block with many of the first, in two large matrix products
-            right = g2[m].permute(1, 2, 0).flatten(1)  # (T2, O*U)
+        for m in range(M):
+            g2_m = g2[m].permute(1, 2, 0).flatten(1)  # (T2, O*U): state m of the second block
             for first in range(m if layers is layers2 else 0, N, TILE):
-                tile = slice(first, first + TILE)
-                # x_t . x'_s, (n, T, T2) for n states. Of one-hot vectors we compare the tokens that they stand for: the
-                # vectors would be as long as the vocabulary.
-                alike = x[tile] @ x2[m].T if x.is_floating_point() else (x[tile] == x2[m].T).to(g.dtype)
-                weighted = alike @ right  # (n, T, O*U): sum_s (x_t . x'_s) g'_s
-                products[tile, :, m] += g[tile] @ weighted.view(len(weighted), -1, U)  # (n, U, U), summed over t
+                tile = slice(first, first + TILE)  # n states of the first block
+                # x_t . x'_s, (n, T, T2). Two one-hot vectors have the product 1 if their tokens are equal, and else 0.
+                xx = x[tile] @ x2[m].T if x.is_floating_point() else (x[tile] == x2[m].T).to(g.dtype)
+                weighted = (xx @ g2_m).view(len(xx), -1, U)  # (n, T*O, U): sum_s (x_t . x'_s) g'_s
+                products[tile, :, m] += g[tile].flatten(2) @ weighted  # (n, U, U): sum_t g_t . that
     return products
 
 

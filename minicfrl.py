@@ -1,8 +1,8 @@
 """Classifier-first reinforcement learning (CF-RL): policy-gradient RL in stages, the first of which trains W alone.
 
 CF-RL (Tomihari, arXiv 2601.04670) trains the classifier W first and then the whole policy. This file holds the method,
-top down: the settings of a run; advantages (E2), the loss (E3), its gradient for W written out by hand (E4), a KL
-penalty (E6); and the training loop (E5). After that comes what the loop needs: rollouts, the supervised fine-tuning
+top down: the settings of a run; advantages (E2), the loss (E3), what its gradient is for W (E4), a KL penalty (E6); and
+the training loop (E5). After that comes what the loop needs: rollouts, the supervised fine-tuning
 that makes a starting policy, and the task, which is arithmetic whose answers a program can verify. The policy is in
 model.py. We leave out replay, ratio clipping, several updates per batch, and temperature, because every batch is
 sampled from the very policy that it updates.
@@ -115,8 +115,8 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
 
 
 def sequence_logp(model: nn.Module, tokens: Tensor) -> Tensor:
-    """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats. It is 0 at the beginning of rows
-    whose logits the model leaves out. ValueError for bad tokens."""
+    """tokens (B, T) -> (B, T-1): log pi(tokens[:, t+1] | tokens[:, :t+1]) in nats. If the model returns logits of the
+    last positions only, the earlier entries are 0. ValueError for bad tokens."""
     check_tokens(model, tokens)
     return _logp_of_last(model(tokens)[:, :-1], tokens)
 
@@ -138,10 +138,10 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, count: 
 
 
 def classifier_gradient(features, logits, actions, advantages, mask, count: int | None = None) -> Tensor:
-    """The gradient of (E3) with respect to W, written out: what stage 1 follows, where features are constants  (E4).
+    """The gradient of (E3) with respect to W, written out. It is what stage 1 follows  (E4).
 
     d log pi(y) / d logits = e_y - pi, and logits = W phi, so  dW = -1/N sum_i A_i sum_t (e_{y_it} - pi_it) phi_it^T.
-    Autograd finds the same in train_rl, as a test says; here one sees that a step of stage 1 moves W by features alone.
+    train_rl does not call this, because autograd finds the same; a test compares the two.
 
     features (B, L, d), logits (B, L, V), actions (B, L), advantages (B,), mask (B, L) -> (V, d). `count` is as in
     `policy_gradient_loss`. Our derivation. ValueError for shapes that disagree.
@@ -227,11 +227,10 @@ SLICE = 128  # rows that are scored at once, which bounds memory
 
 
 def _set_gradients(model, batch, advantages, stage, trained):
-    """Leave the gradient of (E3) in `.grad` of the parameters `trained`. If that is W alone, it is (E4).
+    """Leave the gradient of (E3) in `.grad` of the parameters `trained`. For W alone it equals (E4), as a test checks.
 
-    A frozen parameter gets no gradient at all (None). With a gradient of zero, Adam's momentum would still move it. We
-    skip rows whose advantage is 0, because they contribute nothing. Dividing by the whole batch's count of tokens in
-    every slice makes the slices' gradients sum to the batch's.
+    All other parameters get no gradient (None). We skip rows whose advantage is 0, because they contribute nothing.
+    Dividing by the whole batch's count of tokens in every slice makes the slices' gradients sum to the batch's.
     """
     count, L = int(batch.mask.sum()), batch.logits.size(1)
     model.zero_grad()
@@ -248,7 +247,8 @@ def _set_gradients(model, batch, advantages, stage, trained):
 def _optimizer(model, stage, make):
     """A fresh optimiser, and the parameters that the stage trains, W at its own rate. ValueError if there are none.
 
-    What rests is not in it, because weight decay would move it. What requires no gradient rests too.
+    Frozen parameters are not given to the optimiser, so neither momentum nor weight decay can move them. A parameter
+    that requires no gradient is frozen in every stage.
     """
     W, classifier_lr = model.classifier.weight, stage.lr if stage.classifier_lr is None else stage.classifier_lr
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -261,8 +261,8 @@ def _optimizer(model, stage, make):
 def _descend(optimizer, trained):
     """Take one optimiser step, in place, and return the gradients' norm. FloatingPointError if that is not finite.
 
-    Nothing is clipped: one norm for all parameters would hold W back where the body learns too, and less where it
-    rests, so that an arm and its control would differ in more than the freezing.
+    We do not clip gradients. A norm that all parameters share would shrink W's step more in the control, where the body
+    has gradients too, than in CF-RL, and then the two would differ in more than the freezing.
     """
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
     _require_finite("gradient norm", norm)
@@ -330,7 +330,7 @@ def _draw_pairs(task, count, generator):
 class SFTConfig:
     """Settings of supervised fine-tuning, which makes the starting policy. ValueError for unusable values."""
 
-    stages: tuple[Stage, ...]  # the rates are Adam's, at their highest
+    stages: tuple[Stage, ...]  # Adam's rates, times a factor that rises to 1 and falls to 0
     rows: int = 48  # demonstrations per update
     noise: float = 0.1  # probability that a column of s is demonstrated wrong
     mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: d, s, g
@@ -361,7 +361,8 @@ def _demonstrations(task, config, generator):
 def supervised_finetune(model: nn.Module, task, config: SFTConfig, generator: torch.Generator) -> Iterator[dict]:
     """Fit the policy to demonstrations: (E3) with every advantage 1. Yields step, stage and loss after each update.
 
-    The rates rise over the first 20 updates, and fall linearly over all of them. ValueError for what cannot be trained.
+    The factor of the rates rises over the first 20 updates, and falls linearly over all of them. ValueError for what
+    cannot be trained.
     """
     one_each = len(config.mixture) == len(task.patterns)
     check(one_each, f"mixture={config.mixture} does not give one share for each of {task.patterns}")
@@ -417,15 +418,19 @@ class Addition:
 
     **What a task is.** `rollout` and `train_rl` take this class, or any object with
 
-        train_pairs, heldout_pairs       (N, 2) int64: the questions that are trained on, and those that never are
-        prompt(a, b)                     the question as text. The prompts of one rollout are equally long in tokens
-        encode(text), decode(tokens)     between text and lists of tokens; a begin token is fine, and encode may put it
-        end_token, block_size            the token that ends a response; the longest prompt and response, in tokens
-        verify(prompt, response)         the reward: a number
+        train_pairs                      (N, 2) int64: what the questions that are trained on are made of
+        prompt(a, b)                     a question as text. The prompts of one rollout are equally long in tokens
+        encode(text), decode(tokens)     from text to a list of tokens, and back. encode may put a begin token first
+        end_token                        the token that ends a response
+        block_size                       how many tokens the longest prompt, response and end token have together
+        verify(prompt, response)         the reward, a number
 
-    `supervised_finetune` also needs patterns, a string or a list of the ways to answer, and
+    To make a start, `supervised_finetune` also needs
 
-        demonstration(a, b, pattern, noise=..., generator=...)    a response as text, in one of these ways
+        patterns                         a string or a list that names the ways to answer
+        demonstration(a, b, pattern, noise=..., generator=...)    a response as text, in that way
+
+    and to evaluate it train_toy.py needs heldout_pairs, questions like train_pairs that are never trained on.
 
     >>> task = Addition(digits=2)
     >>> task.prompt(47, 85), [task.demonstration(47, 85, pattern) for pattern in "ds"]

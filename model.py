@@ -119,14 +119,16 @@ class GPT(nn.Module):
     **What a policy is.** `sample`, `train_rl`, `supervised_finetune` and ntk.py take this class, or any nn.Module with
 
         config.vocab_size           V: tokens are 0 to V-1
-        features(tokens)            (B, T) -> phi (B, T, d)
+        features(tokens)            (B, T) -> phi (B, T, d), causal
         classifier                  a plain nn.Linear(d, V, bias=False) that shares its weight with nothing in the body
-        model(tokens)               classifier(features(tokens)) and nothing more (E1), for the last positions at least
-        body                        the nn.Module that holds all other parameters
-        body(tokens, cache)         phi of tokens that continue those of earlier calls. `sample` gives it an empty list
-                                    for each of `body.blocks`; the body keeps there what it likes, row by row
+        model(tokens)               classifier(features(tokens)), and nothing else is done to it (E1). It may return the
+                                    logits of the last positions alone
+        body                        the nn.Module that holds all other parameters; body(tokens) is features(tokens)
+        body(tokens, cache)         phi of tokens that continue those of earlier calls. `cache` is one list for each of
+                                    `body.blocks`, empty at first. The body stores tensors in it whose first dimension
+                                    is the row, and `sample` repeats the rows
 
-    `check_policy` refuses what it can tell from that, and takes off the wrapper of torch.compile.
+    `check_policy` refuses what it can tell from that. It also takes a policy out of torch.compile's wrapper.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
@@ -231,7 +233,7 @@ def sample(
         token = last.argmax(1, True) if generator is None else last.softmax(1).multinomial(1, generator=generator)
         token[ended] = end_token
         tokens = torch.cat((tokens, token), dim=1)
-        mask = torch.cat((mask, ~ended[:, None]), dim=1)  # from what was sampled: the end token earns credit too
+        mask = torch.cat((mask, ~ended[:, None]), dim=1)  # the end token is a part of the response
         ended = ended | (token[:, 0] == end_token)
         if ended.all() or tokens.size(1) == prompts.size(1) + max_new_tokens:
             return tokens, mask, torch.cat(logits, dim=1)

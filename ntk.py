@@ -24,7 +24,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
@@ -131,15 +130,6 @@ def logit_change(model: nn.Module, tokens: Tensor, mask: Tensor, update: dict[st
     dtheta = {name: changes[f"body.{name}"] for name in theta}
     phi, dphi = jvp(lambda theta: features(theta, tokens)[mask], (theta,), (dtheta,))  # (N, d) each
     return phi @ changes["classifier.weight"].T, dphi @ parameters["classifier.weight"].T  # (E8)
-
-
-def agreement(by_W: Tensor, by_body: Tensor) -> Tensor:
-    """Does the representation part of (E8) point where the whole change does? (N, V) both -> their cosines (N,).
-
-    The mean over the vocabulary is subtracted first, because adding a constant to all logits changes no probability.
-    """
-    by_W, both = (part - part.mean(dim=1, keepdim=True) for part in (by_W, by_W + by_body))
-    return F.cosine_similarity(by_W, both, dim=1)
 
 
 def _check_change(logits, dlogits):

@@ -1,14 +1,15 @@
 """Teach a tiny GPT to add, by reinforcement learning in three ways, and compare them: python train_toy.py
 
 The start is a policy that has imitated demonstrations: it adds, but not well. Then each of the ARMS below trains a copy
-of it, all with the same random numbers and equally many prompts, samples and updates. At the end come a table, two sums
-as each policy answers them, and who was faster. One seed takes about half a minute on a laptop's CPU, and gives the
-same bits again. Ctrl-C tells what is finished. Nothing is written but the picture that --plot asks for.
+of it, all with the same random numbers and equally many prompts, samples and updates. At the end you see a table, two
+sums as each policy answers them, and how many updates each arm took. One seed takes less than a minute on a laptop's
+CPU, and gives the same bits again. After Ctrl-C you see what is finished. Nothing is written but --plot's picture.
 """
 
 import argparse
 import copy
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,11 +28,11 @@ ARMS = {
     # has one, but it freezes nothing. Where it is as fast as CF-RL, the high rate is enough.
     "control": (Stage(20, "all", 4e-4, classifier_lr=8e-3), Stage(60, "all", 4e-4)),
 }
-PROMPTS, SAMPLES, PROBES = 32, 8, 32  # prompts of an update, responses to each; responses at whose states we look
-EVERY, EVALUATED, AT_THE_END = 4, 64, 256  # updates between evaluations; held-out prompts of each, and of the last one
-SFT_LR = 3e-3  # Adam's rate, at its highest, in the supervised fine-tuning that makes the start
-SFT_STEPS, SHORTER, THRESHOLD = 1000, 1, 0.9  # updates of that; divides all stages; the accuracy that is waited for
-QUICK = 300, 5, 0.2  # --quick: these in place of the three above
+PROMPTS, SAMPLES = 32, 8  # of an update: so many prompts, and so many responses to each, which are compared
+EVERY, EVALUATED, AT_THE_END, PROBES = 4, 64, 256, 32  # updates per evaluation; prompts of each, the last, the probe
+SFT_LR = 3e-3  # Adam's rate in the supervised fine-tuning that makes the start, before its schedule
+SFT_STEPS, THRESHOLD, SHORTER = 1000, 0.9, 1  # updates of that; we report when accuracy first reaches this; see below
+QUICK = 300, 0.2, 5  # what --quick puts in place of these three: every stage is 5 times shorter
 
 
 def stream(seed, purpose):
@@ -42,8 +43,8 @@ def stream(seed, purpose):
 def make_start(task, seed, sft, **sizes):
     """A policy that has imitated demonstrations. `sft` is an SFTConfig; `sizes` are other sizes of the GPTConfig."""
     model = GPT(GPTConfig(task.vocab_size, task.block_size, **sizes), stream(seed, "init"))
-    updates, steps = supervised_finetune(model, task, sft, stream(seed, "sft")), sum(s.steps for s in sft.stages)
-    list(tqdm(updates, "start", steps, leave=False, disable=None))  # a generator works only when it is asked
+    updates = supervised_finetune(model, task, sft, stream(seed, "sft"))
+    list(tqdm(updates, "start", sum(stage.steps for stage in sft.stages), leave=False, disable=None))  # makes them all
     return model
 
 
@@ -54,7 +55,8 @@ def held_out(model, task, seed, prompts, samples=SAMPLES, purpose="evaluation"):
 
 
 def describe(model, task, seed, questions):
-    """What is told of a policy: how often it is right, how sure it is, which patterns it uses; its answers."""
+    """A policy's first columns of the table: how often it is right, how sure it is, and which patterns it uses. And its
+    answers to the questions."""
     batch = held_out(model, task, seed, AT_THE_END)
     first = batch.logits[:, 0].softmax(dim=1).mean(dim=0)  # (V,): the first token of a response chooses its pattern
     shares = "/".join(f"{share:.2f}" for share in first[task.encode(task.patterns)])
@@ -63,10 +65,10 @@ def describe(model, task, seed, questions):
 
 
 def answer(model, task, seed, question):
-    """The likeliest response to a sum, and how many samples are right."""
-    likeliest = rollout(model, task, [question], 1)
+    """The greedy response, which takes the likeliest token at each state; and how many samples are right."""
+    greedy = rollout(model, task, [question], 1)
     right = int(rollout(model, task, [question], SAMPLES, stream(seed, "answers")).rewards.sum())
-    return f"{question}{likeliest.responses[0]:13} {'right' if likeliest.rewards else 'wrong'}, {right}"
+    return f"{question}{greedy.responses[0]:13} {'right' if greedy.rewards else 'wrong'}, {right}"
 
 
 @torch.no_grad()
@@ -79,32 +81,32 @@ def train_arm(start, task, seed, name, stages, threshold, questions):
     """Train a copy of the start as an arm does. train_rl makes the updates: it samples, compares, finds the gradient
     and steps. After each of them we look at what it did to the top-1 probability, through W and through the body.
     """
-    model, curve, effects = copy.deepcopy(start), {}, []
-    probe = held_out(start, task, seed, PROBES, samples=1, purpose="probe")
+    model, curve, rise = copy.deepcopy(start), {}, torch.zeros(2, dtype=torch.float64)  # through W, through the body
+    probe = held_out(start, task, seed, PROBES, samples=1, purpose="probe")  # at its states we follow the arm
     now = look(model, probe)
     updates = train_rl(model, task, RLConfig(stages, PROMPTS, SAMPLES), stream(seed, "rl"))
     bar = tqdm(updates, name, sum(stage.steps for stage in stages), leave=False, disable=None)
     for step, _ in enumerate(bar, start=1):
         (phi, W), now = now, look(model, probe)
-        logits, parts = phi @ W.T, exact_split(phi, W, *now)[:2]  # what the change of W, and of the body, did to logits
-        effects.append([(confidence(logits + part) - confidence(logits)).mean().item() for part in parts])
+        logits, parts = phi @ W.T, exact_split(phi, W, *now)[:2]  # what W's change did to the logits, and the body's
+        rise += torch.stack([(confidence(logits + part) - confidence(logits)).mean() for part in parts])
         if step % EVERY == 0:
             curve[step] = held_out(model, task, seed, EVALUATED).rewards.mean().item()
             bar.set_postfix_str(f"accuracy {curve[step]:.2f}")
     run = {**describe(model, task, seed, questions), "curve": curve}
     run["took"] = next((step for step, accuracy in curve.items() if accuracy >= threshold), float("inf"))
-    run["row"] += f" {run['took']:7} {sum(W for W, _ in effects):+9.3f} {sum(body for _, body in effects):+12.3f}"
+    run["row"] += f" {run['took']:7} {rise[0]:+9.3f} {rise[1]:+12.3f}"
     return run
 
 
 def tell(runs, threshold):
-    """Print what is known of the runs: the table, the answers, and who was faster."""
-    print(f"""\nOn held-out sums: accuracy; top-1, the likeliest token's probability; shares of
-direct/scratch/guess; updates to accuracy {threshold} (inf: never); the rise of top-1
+    """Print what is known of the runs: the table, the answers, and how many updates each arm took."""
+    table = [f"{name:8} {run['row']}" for name, run in runs.items()]
+    answers = [f"{name:8} {'     '.join(run['answers'])}" for name, run in runs.items()]
+    print(f"""\nHeld-out accuracy; top-1, the likeliest token's probability; shares of direct/
+scratch/guess; updates to accuracy {threshold}; rise of top-1 at the start's states:
 policy   accuracy top-1          d/s/g updates through W through body""")
-    print(*(f"{name:8} {run['row']}" for name, run in runs.items()), sep="\n")
-    print(f"\nThe likeliest response, and how many of {SAMPLES} samples are right:")
-    print(*(f"{name:8} {'     '.join(run['answers'])}" for name, run in runs.items()), sep="\n")
+    print(*table, f"\nGreedy responses, and how many of {SAMPLES} samples are right:", *answers, sep="\n")
     if ARMS.keys() <= runs.keys():
         rl, cf_rl, control = (runs[name]["took"] for name in ("rl", "cf-rl", "control"))
         print(f"\nOn this seed accuracy {threshold} took plain RL {rl} updates, CF-RL {cf_rl}, and the control,")
@@ -116,7 +118,7 @@ def draw(runs, path):
     from matplotlib.figure import Figure
 
     axes = Figure(layout="constrained").subplots()
-    for name, run in runs.items():
+    for name, run in list(runs.items())[1:]:  # the start has no curve
         axes.plot(run["curve"].keys(), run["curve"].values(), label=name)
     axes.set(xlabel="updates", ylabel="accuracy on held-out sums", ylim=(0, 1))
     axes.legend()
@@ -129,7 +131,7 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(message.split())}\n")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--digits", type=int, default=2, choices=(1, 2, 3), help="of each operand")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, from a start that hardly adds")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the time, from a start that hardly adds")
     parser.add_argument("--ask", nargs=1, metavar="47+85=", help="a sum to answer, in place of two held-out ones")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw accuracy against updates")
     args = parser.parse_args(argv)
@@ -149,23 +151,22 @@ def parse(argv):
 def main(argv=None):
     """Returns the exit code: 0, or 130 after Ctrl-C. A bad argument exits with 2."""
     args, task, questions = parse(argv)
-    sft_steps, shorter, threshold = QUICK if args.quick else (SFT_STEPS, SHORTER, THRESHOLD)
+    sft_steps, threshold, shorter = QUICK if args.quick else (SFT_STEPS, THRESHOLD, SHORTER)
     runs, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # on matrices as small as these more are slower, and they would round otherwise
+    torch.set_num_threads(1)  # On small matrices more are slower, and add in another order: other last bits.
     try:
-        print(f"A start that imitates for {sft_steps} updates, and from it: {', '.join(ARMS)}", flush=True)
         start = make_start(task, args.seed, SFTConfig((Stage(sft_steps, lr=SFT_LR),)))
         runs["start"] = describe(start, task, args.seed, questions)
         for name, stages in ARMS.items():
-            stages = tuple(Stage(-(-s.steps // shorter), s.trains, s.lr, s.classifier_lr) for s in stages)
+            stages = tuple(replace(stage, steps=max(1, stage.steps // shorter)) for stage in stages)
             runs[name] = train_arm(start, task, args.seed, name, stages, threshold, questions)
     except KeyboardInterrupt:
         print("Interrupted. This is what was finished:")
-    finally:
+    finally:  # whatever stopped us, what is finished is told
         torch.set_num_threads(threads)
-    tell(runs, threshold)
-    if args.plot:
-        draw(runs, args.plot)
+        tell(runs, threshold)
+        if args.plot:
+            draw(runs, args.plot)
     return 0 if ARMS.keys() <= runs.keys() else 130
 
 

@@ -18,7 +18,7 @@ from experiments.arms import MEASURED, SAMPLES, Config
 from experiments.variations import kl_divergence
 from minicfrl import Addition, Rollout, group_advantages, rollout
 from model import GPT, check, confidence, entropy, residuals
-from ntk import agreement, empirical_ntk, exact_split, split_effect
+from ntk import empirical_ntk, exact_split, split_effect
 from train_toy import look, stream
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
@@ -364,6 +364,15 @@ def moves(model, start):
         far, norm = get_total_norm([p - old for p, old in pairs]), get_total_norm([old for _, old in pairs])
         row[name] = (far / norm).item()
     return row
+
+
+def agreement(by_W: Tensor, by_body: Tensor) -> Tensor:
+    """Does the representation part of (E8) point where the whole change does? (N, V) both -> their cosines (N,).
+
+    The mean over the vocabulary is subtracted first, because adding a constant to all logits changes no probability.
+    """
+    by_W, both = (part - part.mean(dim=1, keepdim=True) for part in (by_W, by_W + by_body))
+    return F.cosine_similarity(by_W, both, dim=1)
 
 
 class Microscope:

@@ -1,12 +1,14 @@
 """The program: it stands alone, says what it did, and leaves nothing behind."""
 
 import ast
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +105,7 @@ def test_the_readme_s_capture_has_the_layout_of_what_is_printed(quick):
 @pytest.fixture
 def tiny(monkeypatch):
     """Seconds become tenths: two updates of fine-tuning, 4, 1 + 3 and 1 + 3 of the arms, few prompts."""
-    settings = dict(QUICK=(2, 20, 0.5), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)
+    settings = dict(QUICK=(2, 0.5, 20), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)
     for name, value in settings.items():
         monkeypatch.setattr(train_toy, name, value)
 
@@ -129,6 +131,15 @@ def test_a_new_arm_is_one_line(tiny, monkeypatch, capsys):
     assert main(FLAGS) == 0
     printed = capsys.readouterr().out
     assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == ["start", *ARMS]
+
+
+def test_what_is_finished_is_told_whatever_goes_wrong(tiny, monkeypatch, capsys):
+    """An arm that trains a part that is not there: the arms before it are not lost."""
+    monkeypatch.setitem(ARMS, "typo", (Stage(20, "body.block.1", 4e-4),))
+    with pytest.raises(ValueError, match="trains='body.block.1' names no parameter"):
+        main(FLAGS)
+    printed = capsys.readouterr().out
+    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == ["start", *ARMS][:-1]
 
 
 def test_the_same_seed_prints_the_same_and_another_seed_does_not(tiny, capsys):
@@ -267,18 +278,31 @@ STARTED = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int
 STARTED += "runpy.run_path('train_toy.py', run_name='__main__')"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_a_real_ctrl_c_ends_the_program_without_a_traceback():
-    """Python installs its handler by itself, unless a shell in the background has SIGINT ignored: hence `signal`."""
-    command = [sys.executable, "-u", "-c", STARTED]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        process.stdout.readline()  # the first line says that the start is being made
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Interrupted" in out and "Traceback" not in err
+    """Sent when the first progress bar is there. Python handles it by itself, unless a shell in the background has
+    SIGINT ignored: hence `signal`."""
+    import fcntl
+    import termios
+
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # without a width there is no bar
+    command = [sys.executable, "-c", STARTED]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=its_end, text=True) as process:
+        os.close(its_end)
+        try:
+            seen = b""
+            while b"start" not in seen:
+                seen += os.read(terminal, 1000)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+            with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+                while more := os.read(terminal, 1000):
+                    seen += more
+        finally:
+            process.kill()
+            os.close(terminal)
+    assert process.returncode == 130 and "Interrupted" in out and b"Traceback" not in seen
 
 
 def test_the_caller_s_process_is_left_as_it_was(tiny, monkeypatch):
@@ -288,6 +312,7 @@ def test_the_caller_s_process_is_left_as_it_was(tiny, monkeypatch):
         handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
         return torch.get_num_threads(), handlers, torch.get_rng_state().tolist(), dict(os.environ), os.getcwd()
 
+    torch.optim.Adam([torch.zeros(1)])  # at its first use torch sets environment variables of its own
     torch.set_num_threads(2)
     try:
         before = process()

@@ -2,10 +2,10 @@
 
 CF-RL (Tomihari, arXiv 2601.04670) trains the classifier W first and then the whole policy. This file holds the method,
 top down: the settings of a run; advantages (E2), the loss (E3), what its gradient is for W (E4), a KL penalty (E6); and
-the training loop (E5). After that comes what the loop needs: rollouts, the supervised fine-tuning
-that makes a starting policy, and the task, which is arithmetic whose answers a program can verify. The policy is in
-model.py. We leave out replay, ratio clipping, several updates per batch, and temperature, because every batch is
-sampled from the very policy that it updates.
+the training loop (E5). After that comes what the loop needs: rollouts, the supervised fine-tuning that makes a starting
+policy, and the task, which is arithmetic whose answers a program can verify. The policy is in model.py. We leave out
+replay, ratio clipping, several updates per batch, and temperature, because every batch is sampled from the very policy
+that it updates.
 
 Shapes: P prompts, S samples per prompt, B = P*S rows, T tokens, L states of a row, V vocabulary, d features. A state is
 a position FROM which a token is predicted, so the token at t was chosen by the state at t-1. Entropy is in nats.

@@ -20,6 +20,7 @@ from minicfrl import (
     SFTConfig,
     Stage,
     _demonstrations,
+    classifier_gradient,
     entropy,
     group_advantages,
     policy_gradient_loss,
@@ -351,6 +352,23 @@ def test_the_control_shares_learning_rates_and_restarts_with_cf_rl(trains, first
     config = fast(classifier_steps=2, trains=trains)
     made = optimisers(monkeypatch, train_rl(policy(0), TinyTask(REWARDS), config, generator(0)))
     assert made == [first, [(1, LR), (BODY, LR)]]
+
+
+@given(seed=seeds, rows_at_once=st.integers(1, 20))
+def test_stage_1_follows_the_gradient_that_is_written_out_by_hand(seed, rows_at_once):
+    """(E4) for the whole batch of 18 rows, some of them without advantage, and the gradient that an update of W alone
+    leaves, slice by slice. Two ways to add the same numbers: rounding."""
+    model, task, config, draws = policy(seed), TinyTask(REWARDS), fast(1, 1, optimizer="sgd"), generator(seed)
+    start = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minicfrl.SLICE", rows_at_once)
+        next(train_rl(model, task, config, generator(seed)))
+    pairs = task.train_pairs[torch.randint(2, (3,), generator=draws)].tolist()
+    batch = rollout(start, task, [task.prompt(*pair) for pair in pairs], 6, draws)
+    features, advantages = start.features(batch.tokens)[:, :-1], group_advantages(batch.rewards).flatten()
+    logits, actions = start.classifier(features), batch.tokens[:, 1:]
+    by_hand = classifier_gradient(features, logits, actions, advantages, batch.mask[:, 1:])
+    torch.testing.assert_close(model.classifier.weight.grad, by_hand, rtol=0, atol=100 * ROUNDING)
 
 
 @given(seed=seeds)

@@ -1,9 +1,9 @@
 """An appendix to ntk.py: how the gradient component G becomes fast. Nothing here changes what G is.
 
-An entry of G is the inner product of two gradients, each as long as the body has parameters. We never write such a
-gradient out, because one identity gives the inner product without it. A linear layer computes y_t = weight x_t at every
-token t. Let u be any number that is computed from these y_t, and let g_t = du/dy_t, which backpropagation gives. The
-gradient of u in the weight is sum_t g_t x_t^T, so the gradients of two such numbers have the inner product
+An entry of G is the inner product of two gradients, each as long as the body has parameters. We need not write these
+gradients out, because one identity gives the inner product without them. A linear layer computes y_t = weight x_t at
+every token t. Let u be any number that is computed from these y_t, and let g_t = du/dy_t, which backpropagation gives.
+The gradient of u in the weight is sum_t g_t x_t^T, so the gradients of two such numbers have the inner product
 
     <grad u, grad u'> = sum_{t,s} (g_t . g'_s) (x_t . x'_s)
 
@@ -47,9 +47,10 @@ def gradient_products(body, size, states, states2=None):
     (N, U, d). The outputs u of a state with features phi are the U numbers C phi. With C = W they are the logits. With
     the single row C = (e_y - pi)^T W, the gradient of u is that of log pi(y).
 
-    We take the states in blocks of `size`. Cost: U backward passes per state and pair of blocks, and N M U T (T + U) O
-    multiplications for every layer, of which we do half when there is only one set of states. Memory besides the
-    result: U T O numbers for every layer of every state in two blocks. Neither contains the number of parameters.
+    We take the states in blocks of `size`. Cost: U backward passes per state and pair of blocks, and for every layer
+    N M T (T I + U (T + U) O) multiplications, of which we do half when there is only one set of states. Memory besides
+    the result: T (I + U O) numbers for every layer of every state in two blocks. The check at the end needs more: two
+    gradients in all parameters, and one pass over all the rows at once.
     """
     (N, U), M = states[2].shape[:2], len((states2 or states)[2])
     blocks, blocks2 = ([slice(first, first + size) for first in range(0, count, size)] for count in (N, M))
@@ -57,9 +58,8 @@ def gradient_products(body, size, states, states2=None):
     for i, block in enumerate(blocks):
         layers = inputs_and_backprops(body, states, block)
         for block2 in blocks2 if states2 else blocks[: i + 1]:
-            same = block2 == block and not states2
-            layers2 = layers if same else inputs_and_backprops(body, states2 or states, block2)
-            products[block, :, block2] = inner_products(layers, layers2)
+            layers2 = layers if block2 is block else inputs_and_backprops(body, states2 or states, block2)
+            products[block, :, block2] = inner_products(layers, layers2) if layers and layers2 else 0.0
     if not states2:  # Above we computed the products with n >= m. The others follow, because <a, b> = <b, a>.
         for m in range(M):
             products[m, :, m + 1 :] = products[m + 1 :, :, m].permute(2, 0, 1)
@@ -101,7 +101,7 @@ def inputs_and_backprops(body, states, block):
     # One batched backward pass serves all U outputs u = C phi. Differentiating the sum over the N states keeps them
     # apart, because a state depends on its own row alone.
     ys, du_dphi = [y for *_, y in calls], C[block].transpose(0, 1)  # (U, N, d)
-    gs = grad(phi, ys, du_dphi, is_grads_batched=True, materialize_grads=True)  # for every layer (U, N, T, ..., O)
+    gs = grad(phi, ys, du_dphi, is_grads_batched=True, materialize_grads=True) if ys else []  # (U, N, T, ..., O) each
     return [as_linear(module, x, g.transpose(0, 1)) for (module, x, _), g in zip(calls, gs, strict=True)]
 
 
@@ -130,8 +130,8 @@ def as_linear(module, x, g):
     x = x.reshape(len(x), g.size(2), -1)
     if "bias" in names:
         x = nn.functional.pad(x, (0, 1), value=1.0)
-    # We leave out the first tokens if all their g are 0. After the last attention those are most of the tokens, because
-    # there an output depends on the state's own token alone.
+    # We leave out the first tokens if all their g are 0. After the last attention those are the tokens before the
+    # shortest state's own, because there an output depends on the state's own token alone.
     start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
     return x[:, start:], g[:, :, start:]
 
@@ -153,7 +153,7 @@ def inner_products(layers, layers2):
     both are the same block, we compute only what has n >= m."""
     (N, U), M = layers[0][1].shape[:2], len(layers2[0][1])
     products = layers[0][1].new_zeros(N, U, M, U)
-    for (x, g), (x2, g2) in zip(layers, layers2, strict=True):
+    for (x, g), (x2, g2) in zip(layers, layers2, strict=False):  # if they do not match, the check at the end fails
         for m in range(M):
             g2_m = g2[m].permute(1, 2, 0).flatten(1)  # (T2, O*U): state m of the second block
             for first in range(m if layers is layers2 else 0, N, TILE):
@@ -197,12 +197,14 @@ def agrees_with_autograd(body, products, states, states2):
     # In double precision, because in float32 rounding in these sums of up to 10^8 products would hide an error.
     (a, gradient), (a2, gradient2) = direction(0, *states), direction(1, *states2)
     error = a @ products.view(len(a), len(a2)).double() @ a2 - gradient @ gradient2
-    # Rounding gives up to 100 times eps in the tests. A layer that is left out gives far more than 1000.
+    # In the tests rounding gives up to 100 times eps, and a layer that is left out far more than 1000.
     return error.abs() <= 1000 * torch.finfo(products.dtype).eps * gradient.norm() * gradient2.norm()
 
 
 def suspects(body):
-    """The names of the modules that may be why the check failed. A subclass of nn.Embedding may scale its output."""
-    odd = {m for m in body.modules() if isinstance(m, nn.Embedding) and type(m) is not nn.Embedding}
+    """The names of the modules that may be why the check failed. An embedding may scale its output, if it is a subclass
+    of nn.Embedding, or have a token that is not trained."""
+    embeddings = [m for m in body.modules() if isinstance(m, nn.Embedding)]
+    odd = {m for m in embeddings if type(m) is not nn.Embedding or m.padding_idx is not None}
     named = [f"{type(m).__name__} {name}" for name, m in body.named_modules() if m in odd or not is_known(m)]
     return ", ".join(named) or "one is shared, hooked or not what it seems"

@@ -148,8 +148,8 @@ def classifier_gradient(features, logits, actions, advantages, mask, count: int 
     """
     N = _count_tokens(count, mask, advantages, features=features, logits=logits, actions=actions)
     weights = (advantages[:, None] * mask)[mask]  # (n,): A_i for each of the n response tokens of these rows
-    g = residuals(logits[mask], actions[mask])  # (n, V): e_y - pi
-    return -(weights[:, None] * g).T @ features[mask] / N  # (V, d)  (E4)
+    r = residuals(logits[mask], actions[mask])  # (n, V): e_y - pi
+    return -(weights[:, None] * r).T @ features[mask] / N  # (V, d)  (E4)
 
 
 def _count_tokens(count, mask, advantages, **others):

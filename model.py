@@ -168,9 +168,9 @@ def token_logp(logits: Tensor, actions: Tensor) -> Tensor:
 
 def residuals(logits: Tensor, actions: Tensor) -> Tensor:
     """e_y - pi, the gradient of log pi(y) in the logits: logits (N, V), actions (N,) -> (N, V)."""
-    g = -logits.softmax(dim=-1)
-    g[torch.arange(len(g)), actions] += 1
-    return g
+    r = -logits.softmax(dim=-1)
+    r[torch.arange(len(r)), actions] += 1
+    return r
 
 
 def check_policy(model: nn.Module, tokens: Tensor) -> nn.Module:

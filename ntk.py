@@ -6,12 +6,14 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
     R(x, x') = <phi(x), phi(x')> I_V          the representation component: what moving W does
     G(x, x') = W J(x) J(x')^T W^T             the gradient component: what moving the body does, J = d phi / d theta
 
-`empirical_ntk` computes R and G exactly. `gradient_by_definition` computes G as it is written here, in a few lines that
-are slow; the appendix fast_ntk.py explains what makes `empirical_ntk` fast. The kernel describes a plain gradient step.
-For any other update, Adam's for example, `logit_change` gives the same two parts without a kernel (E8), and
-`entropy_change` and `confidence_change` turn a change of logits into a change of confidence (E9). These three are right
-to first order. `exact_split` is exact: it makes no first-order approximation. It is what a training run logs.
-`influence` applies the kernel to the sampled tokens and says who teaches whom (E10).
+Read the paper's two names as "through W" (R) and "through the body" (G); those are the words that we use below.
+
+The kernel: `empirical_ntk` is fast, and the appendix fast_ntk.py says how; `gradient_by_definition` is G as it is
+written here, in a few lines, and slow. Any update, Adam's for example, without a kernel (E8): `logit_change` to first
+order, `exact_split` exactly; both say what the change of W does, and what the change of the body. What that does to
+entropy and confidence (E9): `entropy_change` and `confidence_change` to first order, `split_effect` exactly. Who
+teaches whom (E10): `influence`.
+
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
 
@@ -209,8 +211,8 @@ def influence(model: nn.Module, tokens: Tensor, mask: Tensor, advantages: Tensor
     gradient step on sum_i A_i log pi_i adds to log pi_j, up to second order (E7). Our derivation.
 
     R's part is A_i <phi_i, phi_j> <r_i, r_j>. G's part is A_i times the inner product of the gradients of log pi_i and
-    log pi_j in the body. So we need no V x V block of the kernel, and fast_ntk.py does not hold the gradients either.
-    The states are processed in blocks of `block`: a smaller block needs less memory.
+    log pi_j in the body. So one number per state is differentiated, log pi of its token, and no V x V block of the
+    kernel is needed. The states are processed in blocks of `block`: a smaller block needs less memory.
 
     Raises ValueError as `empirical_ntk` does, for a state that no token follows, and where `empirical_ntk` would use
     the definition.

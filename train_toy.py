@@ -1,7 +1,7 @@
 """Teach a tiny GPT to add, by reinforcement learning in three ways, and compare them: python train_toy.py
 
 The start is a policy that has imitated demonstrations: it adds, but not well. Then each of the ARMS below trains a copy
-of it, all with the same random numbers and equally many prompts, samples and updates. At the end you see a table, two
+of it, all from the same random seed and with equally many prompts, samples and updates. At the end you see a table, two
 sums as each policy answers them, and how many updates each arm took. One seed takes less than a minute on a laptop's
 CPU, and gives the same bits again. After Ctrl-C you see what is finished. Nothing is written but --plot's picture.
 """
@@ -30,9 +30,9 @@ ARMS = {
 }
 PROMPTS, SAMPLES = 32, 8  # of an update: so many prompts, and so many responses to each, which are compared
 EVERY, EVALUATED, AT_THE_END, PROBES = 4, 64, 256, 32  # updates per evaluation; prompts of each, the last, the probe
-SFT_LR = 3e-3  # Adam's rate in the supervised fine-tuning that makes the start, before its schedule
-SFT_STEPS, THRESHOLD, SHORTER = 1000, 0.9, 1  # updates of that; we report when accuracy first reaches this; see below
-QUICK = 300, 0.2, 5  # what --quick puts in place of these three: every stage is 5 times shorter
+SFT_LR = 3e-3  # Adam's rate, before its schedule, in the supervised fine-tuning (SFT) that makes the start
+SFT_STEPS, THRESHOLD, SHORTER = 1000, 0.9, 1  # updates of SFT; an accuracy for arms to reach; divides their stages
+QUICK = 300, 0.2, 5  # --quick: other values of SFT_STEPS, THRESHOLD and SHORTER
 
 
 def stream(seed, purpose):
@@ -107,7 +107,7 @@ def tell(runs, threshold):
 scratch/guess; updates to accuracy {threshold}; rise of top-1 at the start's states:
 policy   accuracy top-1          d/s/g updates through W through body""")
     print(*table, f"\nGreedy responses, and how many of {SAMPLES} samples are right:", *answers, sep="\n")
-    if ARMS.keys() <= runs.keys():
+    if {"rl", "cf-rl", "control"} <= runs.keys():
         rl, cf_rl, control = (runs[name]["took"] for name in ("rl", "cf-rl", "control"))
         print(f"\nOn this seed accuracy {threshold} took plain RL {rl} updates, CF-RL {cf_rl}, and the control,")
         print(f"which freezes nothing, {control}; but one seed decides nothing (the README has ten).")

@@ -173,7 +173,7 @@ MUTANTS = [
     ("fast_ntk.py", "m.named_parameters(path, False, False)", "m.named_parameters(path, False, False) if m in body.children()", "test_ntk"),
     ("fast_ntk.py", "products[m, :, m + 1 :] = products[m + 1 :, :, m].permute(2, 0, 1)", "pass", "test_ntk"),
     ("fast_ntk.py", "products[m + 1 :, :, m].permute(2, 0, 1)", "products[m + 1 :, :, m].permute(1, 0, 2)", "test_ntk"),
-    ("fast_ntk.py", "same = block2 == block and not states2", "same = block2 == block", "test_ntk"),
+    ("fast_ntk.py", "if block2 is block else", "if block2 == block else", "test_ntk"),
     ("fast_ntk.py", "blocks2 if states2 else blocks[: i + 1]:", "blocks2 if states2 else blocks[:i]:", "test_influence"),
     ("fast_ntk.py", "x.expand(N, T), y.detach().expand(N, T, -1)", "x, y", "test_ntk"),
     ("fast_ntk.py", "if len(arguments) == 1 and isinstance(y, Tensor):", "if len(arguments) == 1:", "test_ntk"),

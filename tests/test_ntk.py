@@ -407,6 +407,44 @@ def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warnin
     assert [id(parameter) for parameter in model.parameters()] == before
 
 
+class Raw(nn.Module):
+    """A body of one raw matrix, without any layer."""
+
+    blocks = ()
+
+    def __init__(self, V, d):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(V, d))
+
+    def forward(self, tokens):
+        return self.table[tokens].cumsum(dim=1)
+
+
+class PositionsFirst(Raw):
+    """Its layer sees (T, B, d): in a block with as many states as positions that looks like (N, T, d)."""
+
+    def __init__(self, V, d):
+        super().__init__(V, d)
+        self.layer = nn.Linear(d, d)
+
+    def forward(self, tokens):
+        return self.layer(super().forward(tokens).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Raw, PositionsFirst])
+@pytest.mark.parametrize("block", [1, 3, 4, 64])
+def test_a_body_whose_layers_are_not_seen_falls_back_to_the_definition(kind, block):
+    model = tiny_gpt(0)
+    model.body = kind(5, 8)
+    model.features = model.body
+    tokens, mask = states(model, 3, 4, 0)
+    with pytest.warns(UserWarning, match="^the body is not all linear layers"):
+        kernel = empirical_ntk(model, tokens, mask, block=block)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask))
+    with pytest.raises(ValueError, match="^the body is not all linear layers"):
+        influence(model, *with_one_more(tokens, mask), torch.ones(3), block=block)
+
+
 def test_the_layer_that_is_not_known_is_named():
     model = tiny_gpt(0)
     with_a_table_that_is_no_embedding(model.body)

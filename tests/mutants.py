@@ -141,7 +141,7 @@ MUTANTS = [
     ("model.py", " and isinstance(head.weight, nn.Parameter)", "", "test_policy_and_task"),
     ("model.py", "check(apart,", "check(True,", "test_policy_and_task"),
     ("model.py", "check(not odd,", "check(True,", "test_policy_and_task"),
-    ("model.py", "rounding = 100 *", "rounding = 1e15 *", "test_policy_and_task"),
+    ("model.py", "rounding = 100 *", "rounding = 1e17 *", "test_policy_and_task"),
     ("model.py", "    check_tokens(model, tokens)\n    with torch", "    with torch", "test_policy_and_task"),
     ("train_toy.py", "\"control\": (Stage(20, \"all\", 4e-4, classifier_lr=8e-3)", "\"control\": (Stage(20, \"all\", 4e-4, classifier_lr=4e-3)", "test_train_toy"),
     ("train_toy.py", "f\"{purpose} {seed}\"", "f\"{purpose}\"", "test_train_toy"),

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from tiny import TinyTask, generator, seeds, tiny_gpt
 from torch import nn
 
-from minicfrl import Addition, RLConfig, SFTConfig, Stage, _demonstrations, rollout, supervised_finetune, train_rl
+from minicfrl import (
+    Addition,
+    RLConfig,
+    SFTConfig,
+    Stage,
+    _demonstrations,
+    rollout,
+    sequence_logp,
+    supervised_finetune,
+    train_rl,
+)
 from model import GPT, GPTConfig, check_policy
 from ntk import empirical_ntk
 
@@ -64,6 +74,19 @@ def test_rewards_of_any_kind_of_number_train_as_the_verifier_s(kind, trains, dty
     update(models[1], task, trains, lambda batch, draws: KINDS[kind](batch.rewards))
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
     assert not torch.equal(models[0].classifier.weight, policy().classifier.weight.to(dtype))
+
+
+@pytest.mark.parametrize("trains", STAGES)
+def test_no_gradient_flows_through_the_rewards(trains):
+    """A reward that the policy itself computes, with a graph, trains as its numbers alone do."""
+    models = [policy() for _ in range(2)]
+    for model, numbers in zip(models, (lambda x: x, lambda x: x.detach()), strict=True):
+
+        def surprise(batch, draws, model=model, numbers=numbers):
+            return numbers(-sequence_logp(model, batch.tokens).sum(dim=1).view_as(batch.rewards))
+
+        update(model, TinyTask(), trains, surprise)
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- policy
@@ -182,6 +205,31 @@ class Letters:
 
 
 LENGTHS = st.tuples(*[st.integers(1, 3)] * 4)
+
+
+class LastLogits(GPT):
+    """Returns the logits of the last positions alone, from the prompts' last one on."""
+
+    prompt = 1
+
+    def forward(self, tokens):
+        return super().forward(tokens)[:, self.prompt - 1 :]
+
+
+@given(seed=seeds, length=st.integers(1, 3), begins=st.booleans())
+def test_log_probabilities_stand_at_their_tokens_whatever_the_prompts_length(seed, length, begins):
+    """As sampled, and scored again by a policy that returns all logits and by one that returns the last ones alone."""
+    task = Letters(begins=begins, lengths=(length,) * 4)
+    model = tiny_gpt(seed, task.vocab_size, task.block_size)
+    batch = rollout(model, task, [task.prompt(1, 0), task.prompt(2, 0)], 3, generator(seed))
+    short = LastLogits(model.config)
+    short.prompt = length + 1 + begins
+    short.load_state_dict(model.state_dict())
+    whole, last, chosen = sequence_logp(model, batch.tokens), sequence_logp(short, batch.tokens), batch.mask[:, 1:]
+    assert batch.logp.shape == whole.shape == last.shape == chosen.shape
+    for logp in (batch.logp, last):
+        torch.testing.assert_close(logp[chosen], whole[chosen], rtol=0, atol=1e-12)
+        assert not logp[:, : short.prompt - 1].any()
 
 
 @given(seed=seeds, begins=st.booleans(), lengths=LENGTHS, patterns=st.sampled_from(["1", "12", "1234"]))

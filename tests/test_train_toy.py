@@ -158,20 +158,30 @@ def test_every_purpose_and_seed_has_random_numbers_of_its_own():
     assert len(set(draws)) == len(draws) and stream(3, "rl").initial_seed() == stream(3, "rl").initial_seed()
 
 
-def test_an_arm_is_train_rl_on_a_copy_of_the_start_and_its_row_is_what_it_measured(tiny):
-    """Trained once more by hand. What moved through W and through the body add up to the rise of the top-1
-    probability at the probe's states, but for what both do together, which in a stage of W alone is nothing."""
-    task = Addition(1)
+class Lengths(Addition):
+    """Sums whose verifier likes even lengths, so that a policy that knows nothing has something to learn."""
+
+    def verify(self, prompt, response):
+        return float(len(response) % 2 == 0)
+
+
+@pytest.mark.parametrize("trains", ["classifier", "body"])
+def test_an_arm_is_train_rl_on_a_copy_of_the_start_and_its_row_is_what_it_measured(tiny, trains):
+    """Trained once more by hand. In a stage of W alone the whole rise of the top-1 probability at the probe's states is
+    through W, and in one of the body alone it is through the body: exactly, however many updates there are."""
+    task = Lengths(1)
     start = tiny_gpt(0, task.vocab_size, task.block_size)
     before, twin = copy.deepcopy(start.state_dict()), copy.deepcopy(start)
-    stages = (Stage(4, "classifier", 1e-2),)
+    stages = (Stage(4, trains, 1e-1),)
     run = train_arm(start, task, 0, "W", stages, 0.0, [task.prompt(1, 2)])
     assert all(torch.equal(p, before[name]) for name, p in start.state_dict().items())
     probe = held_out(start, task, 0, 4, samples=1, purpose="probe")
     list(train_rl(twin, task, RLConfig(stages, 4, 8), stream(0, "rl")))
     rise = [confidence(phi @ W.T).mean().item() for phi, W in (look(start, probe), look(twin, probe))]
-    accuracy, top_1, shares, took, through_W, through_body = run["row"].split()
-    assert float(through_W) == pytest.approx(rise[1] - rise[0], abs=1e-3) and through_body in ("+0.000", "-0.000")
+    accuracy, top_1, shares, took, *through = run["row"].split()
+    learnt, rested = through if trains == "classifier" else through[::-1]
+    assert abs(rise[1] - rise[0]) > 0.01 and float(learnt) == pytest.approx(rise[1] - rise[0], abs=1e-3)
+    assert rested in ("+0.000", "-0.000")
     pairs = task.heldout_pairs[:3].tolist()
     batch = rollout(twin, task, [task.prompt(*pair) for pair in pairs], 8, stream(0, "evaluation"))
     assert float(accuracy) == pytest.approx(batch.rewards.mean().item(), abs=0.006)

@@ -278,7 +278,11 @@ def test_ctrl_c_tells_what_is_finished(finished, tiny, capsys, monkeypatch):
 
     for name in ("make_start", "train_arm"):
         monkeypatch.setattr(train_toy, name, interrupted(getattr(train_toy, name)))
-    assert main(FLAGS) == 130
+    try:
+        code = main(FLAGS)
+    except KeyboardInterrupt:
+        pytest.fail("it came through")  # else it would end the whole suite
+    assert code == 130
     printed = capsys.readouterr().out
     assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == names
     assert "Interrupted" in printed and "On this seed" not in printed

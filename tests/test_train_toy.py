@@ -173,22 +173,34 @@ def test_an_arm_is_train_rl_on_a_copy_of_the_start_and_its_row_is_what_it_measur
     start = tiny_gpt(0, task.vocab_size, task.block_size)
     before, twin = copy.deepcopy(start.state_dict()), copy.deepcopy(start)
     stages = (Stage(4, trains, 1e-1),)
-    run = train_arm(start, task, 0, "W", stages, 0.0, [task.prompt(1, 2)])
+    run = train_arm(start, task, 1, "W", stages, 0.0, [task.prompt(1, 2)])
     assert all(torch.equal(p, before[name]) for name, p in start.state_dict().items())
-    probe = held_out(start, task, 0, 4, samples=1, purpose="probe")
-    list(train_rl(twin, task, RLConfig(stages, 4, 8), stream(0, "rl")))
+    probe = held_out(start, task, 1, 4, samples=1, purpose="probe")
+    list(train_rl(twin, task, RLConfig(stages, 4, 8), stream(1, "rl")))
     rise = [confidence(phi @ W.T).mean().item() for phi, W in (look(start, probe), look(twin, probe))]
     accuracy, top_1, shares, took, *through = run["row"].split()
     learnt, rested = through if trains == "classifier" else through[::-1]
     assert abs(rise[1] - rise[0]) > 0.01 and float(learnt) == pytest.approx(rise[1] - rise[0], abs=1e-3)
     assert rested in ("+0.000", "-0.000")
     pairs = task.heldout_pairs[:3].tolist()
-    batch = rollout(twin, task, [task.prompt(*pair) for pair in pairs], 8, stream(0, "evaluation"))
+    batch = rollout(twin, task, [task.prompt(*pair) for pair in pairs], 8, stream(1, "evaluation"))
     assert float(accuracy) == pytest.approx(batch.rewards.mean().item(), abs=0.006)
     assert float(top_1) == pytest.approx(batch.state_logits.softmax(1).amax(1).mean().item(), abs=0.006)
     first = twin(torch.tensor([task.encode(task.prompt(*pair)) for pair in pairs]))[:, -1].softmax(1).mean(0)
     assert [float(share) for share in shares.split("/")] == pytest.approx(first[task.encode("dsg")].tolist(), abs=0.006)
     assert list(run["curve"]) == [2, 4] and took == "2" and run["took"] == 2  # every accuracy is at least 0
+
+
+class Never(Addition):
+    def verify(self, prompt, response):
+        return 0.0
+
+
+@pytest.mark.parametrize("threshold, took", [(0.0, 2), (0.1, float("inf"))])
+def test_a_threshold_is_reached_at_the_first_evaluation_that_is_at_it(tiny, threshold, took):
+    task = Never(1)
+    model = tiny_gpt(0, task.vocab_size, task.block_size)
+    assert train_arm(model, task, 0, "none", (Stage(4),), threshold, [])["took"] == took
 
 
 def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():

@@ -128,7 +128,7 @@ MUTANTS = [
     ("model.py", "return self.norm(x)", "return x", "test_model"),
     ("model.py", "actions] += 1", "actions] += 2", "test_policy_gradient"),
     ("model.py", "cache)[:, -1:])", "cache)[:, :1])", "test_model"),
-    ("minicfrl.py", "(tokens.size(1) - 1 - logits.size(1), 0)", "(0, tokens.size(1) - 1 - logits.size(1))", "test_train"),
+    ("minicfrl.py", "(tokens.size(1) - 1 - logits.size(1), 0)", "(0, tokens.size(1) - 1 - logits.size(1))", "test_policy_and_task"),
     ("ntk.py", "return phi0 @ dW.T, dphi @ W0.T, dphi @ dW.T", "return phi1 @ dW.T, dphi @ W0.T, dphi @ dW.T", "test_exact_split"),
     ("ntk.py", "dphi @ W0.T, dphi @ dW.T", "dphi @ W1.T, dphi @ dW.T", "test_exact_split"),
     ("ntk.py", "(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (phi0, W0, phi1, W1))", "(phi0, W0, phi1, W1)", "test_exact_split"),

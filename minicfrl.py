@@ -353,9 +353,11 @@ def _demonstrations(task, config, generator):
         response = task.demonstration(*pair, pattern, noise=config.noise, generator=generator)
         start, row = task.encode(prompt), [*task.encode(prompt + response), task.end_token]
         check(row[: len(start)] == start, f"the tokens of {prompt!r} do not begin those of {prompt + response!r}")
-        rows.append(torch.tensor(row))
-        masks.append(torch.arange(len(row)) >= len(start))
-    return nn.utils.rnn.pad_sequence(rows, True, task.end_token), nn.utils.rnn.pad_sequence(masks, True, False)
+        rows.append(row)
+        masks.append([False] * len(start) + [True] * (len(row) - len(start)))
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [task.end_token] * (T - len(row)) for row in rows])  # (B, T)
+    return tokens, torch.tensor([mask + [False] * (T - len(mask)) for mask in masks])
 
 
 def supervised_finetune(model: nn.Module, task, config: SFTConfig, generator: torch.Generator) -> Iterator[dict]:

@@ -133,7 +133,7 @@ def as_linear(module, x, g):
     # We leave out the first tokens if all their g are 0. After the last attention those are the tokens before the
     # shortest state's own, because there an output depends on the state's own token alone.
     start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
-    return x[:, start:], g[:, :, start:]
+    return x[:, start:], g[:, :, start:].contiguous()  # because inner_products reads it many times
 
 
 def slope(module, name, x):

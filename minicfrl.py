@@ -38,8 +38,6 @@ class Stage:
 
     def __post_init__(self):
         check_counts(steps=self.steps)
-        named = isinstance(self.trains, str) and self.trains
-        check(named, f"trains must be all, classifier or the beginning of names, not {self.trains!r}")
         _check_rates(lr=self.lr, classifier_lr=self.classifier_lr or 0.0)
 
 
@@ -65,7 +63,6 @@ class RLConfig:
         _check_rates(kl=self.kl)
         known = self.optimizer in OPTIMIZERS or callable(self.optimizer)
         check(known, f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, not {self.optimizer!r}")
-        check(callable(self.reward), f"reward must be a function of a rollout, not {self.reward!r}")
         check(self.baseline in BASELINES, f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
         check(self.samples > 1 or self.baseline == "none", f"samples=1 leaves the baseline {self.baseline!r} no group")
 
@@ -338,9 +335,6 @@ class SFTConfig:
     def __post_init__(self):
         _check_stages(self.stages)
         check_counts(rows=self.rows)
-        right = self.mixture and min(self.mixture) >= 0 < sum(self.mixture) < math.inf
-        check(right, f"mixture={self.mixture} must be shares, none of them negative and one at least positive")
-        check(0 <= self.noise <= 1, f"noise must lie between 0 and 1, not {self.noise}")
 
 
 def _demonstrations(task, config, generator):
@@ -507,8 +501,9 @@ class Addition:
 
     def encode(self, text: str) -> list[int]:
         """Text -> tokens, one per character. ValueError naming a foreign character."""
-        for character in sorted(set(text) - set(self.alphabet)):  # tiktoken would panic, beyond `except Exception`
-            raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
+        for character in text:
+            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
+                raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
         return self.tokenizer.encode_ordinary(text)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -67,7 +67,7 @@ MUTANTS = [
     ("minicfrl.py", "torch.minimum(draw, draw.T)", "draw / 2", "test_task"),
     ("minicfrl.py", "return rest if pattern in (\"d\", \"g\") else None", "return rest", "test_task"),
     ("minicfrl.py", "divmod(x + y + carry, 10)", "divmod(x + y, 10)", "test_task"),
-    ("minicfrl.py", "sorted(set(text) - set(self.alphabet))", "()", "test_task"),
+    ("minicfrl.py", "if character not in self.alphabet:", "if False:", "test_task"),
     ("model.py", "math.sqrt(d // self.n_head)", "math.sqrt(d)", "test_model"),
     ("model.py", "nn.GELU()", "nn.ReLU()", "test_model"),
     ("model.py", "x + self.mlp(self.mlp_norm(x))", "x + self.mlp(x)", "test_model"),

@@ -64,7 +64,8 @@ class RLConfig:
         known = self.optimizer in OPTIMIZERS or callable(self.optimizer)
         check(known, f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, not {self.optimizer!r}")
         check(self.baseline in BASELINES, f"baseline must be one of {', '.join(BASELINES)}, not {self.baseline!r}")
-        check(self.samples > 1 or self.baseline == "none", f"samples=1 leaves the baseline {self.baseline!r} no group")
+        grouped = self.samples > 1 or self.baseline == "none"
+        check(grouped, f"samples=1 leaves the baseline {self.baseline!r} no group to compare with")
 
 
 def _check_stages(stages):

@@ -120,7 +120,7 @@ MUTANTS = [
     ("minicfrl.py", "copy.deepcopy(model) if config.kl else None", "model if config.kl else None", "test_train"),
     ("minicfrl.py", "task.decode(response[: length - ended])", "task.decode(response[:length])", "test_train"),
     ("minicfrl.py", "zeros_like(self.mask[:, :1])), dim=1)", "zeros_like(self.mask[:, :1])), dim=1).roll(1, 1)", "test_train"),
-    ("minicfrl.py", "check(self.samples > 1 or", "check(self.samples > 0 or", "test_train"),
+    ("minicfrl.py", "grouped = self.samples > 1", "grouped = self.samples > 0", "test_train"),
     ("minicfrl.py", "check(count >= 1,", "check(count >= 0,", "test_policy_gradient"),
     ("model.py", "token[ended] = end_token", "pass", "test_model"),
     ("model.py", "if not last.isfinite().all():", "if False:", "test_train"),

@@ -656,7 +656,7 @@ def test_held_out_pairs_never_appear_in_fine_tuning_or_rl():
     "changes, message",
     [
         (dict(prompts=1.5), "prompts must be a whole number of at least 1, not 1.5"),
-        (dict(samples=1), "samples=1 leaves the baseline 'std' no group"),
+        (dict(samples=1), "samples=1 leaves the baseline 'std' no group to compare with"),
         (dict(optimizer="lion"), "optimizer must be one of adam, sgd or a function, not 'lion'"),
         (dict(baseline="median"), "baseline must be one of std, mean, rloo, none, not 'median'"),
         (dict(kl=float("nan")), "kl must be finite and not negative, not nan"),

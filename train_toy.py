@@ -1,9 +1,10 @@
 """Teach a tiny GPT to add, by reinforcement learning in three ways, and compare them: python train_toy.py
 
-The start is a policy that has imitated demonstrations: it adds, but not well. Then each of the ARMS below trains a copy
-of it, all from the same random seed and with equally many prompts, samples and updates. At the end you see a table, two
-sums as each policy answers them, and how many updates each arm took. One seed takes less than a minute on a laptop's
-CPU, and gives the same bits again. After Ctrl-C you see what is finished. Nothing is written but --plot's picture.
+The start is a policy that has imitated demonstrations: it adds, but not well. Then each arm, a line of ARMS, trains a
+copy of it, all from the same random seed and with equally many prompts, samples and updates. At the end you see a
+table, two sums as each policy answers them, and how many updates each arm took. One seed takes less than a minute on a
+laptop's CPU, and gives the same bits again. After Ctrl-C you see what is finished. Nothing is written but --plot's
+picture.
 """
 
 import argparse
@@ -94,8 +95,8 @@ def train_arm(start, task, seed, name, stages, threshold, questions):
             curve[step] = held_out(model, task, seed, EVALUATED).rewards.mean().item()
             bar.set_postfix_str(f"accuracy {curve[step]:.2f}")
     run = {**describe(model, task, seed, questions), "curve": curve}
-    run["took"] = next((step for step, accuracy in curve.items() if accuracy >= threshold), float("inf"))
-    run["row"] += f" {run['took']:7} {rise[0]:+9.3f} {rise[1]:+12.3f}"
+    run["took"] = next((step for step, accuracy in curve.items() if accuracy >= threshold), "never")
+    run["row"] += f" {run['took']:>7} {rise[0]:+9.3f} {rise[1]:+12.3f}"
     return run
 
 
@@ -109,8 +110,8 @@ policy   accuracy top-1          d/s/g updates through W through body""")
     print(*table, f"\nGreedy responses, and how many of {SAMPLES} samples are right:", *answers, sep="\n")
     if {"rl", "cf-rl", "control"} <= runs.keys():
         rl, cf_rl, control = (runs[name]["took"] for name in ("rl", "cf-rl", "control"))
-        print(f"\nOn this seed accuracy {threshold} took plain RL {rl} updates, CF-RL {cf_rl}, and the control,")
-        print(f"which freezes nothing, {control}; but one seed decides nothing (the README has ten).")
+        print(f"\nUpdates to accuracy {threshold} on this seed: plain RL {rl}, CF-RL {cf_rl}, and the control, which")
+        print(f"freezes nothing, {control}; but one seed decides nothing (the README has ten).")
 
 
 def draw(runs, path):

@@ -1,6 +1,6 @@
 """What a run measures, and when: every column of metrics.csv that is not about the update itself.
 
-A new column is one more function of a Scene and one row of MEASURES, with the columns' meaning in results.md.
+A new column is one more function of a Scene and one row of MEASURES, with the columns' meaning in columns.md.
 """
 
 import copy
@@ -118,7 +118,7 @@ def evaluate(
 
     Confidence, the top-1 probability, appears twice, since RL moves the states as well as what is predicted there:
     entropy and confidence on fresh samples of the policy, probe_entropy and probe_confidence on the fixed states. Every
-    key is explained in results.md.
+    key is explained in columns.md.
     """
     batch = rollout(model, task, [task.prompt(a, b) for a, b in pairs.tolist()], samples, generator)
     shares = batch.state_logits[first_states(batch.state_mask)].softmax(dim=-1).mean(dim=0)  # (V,), of first tokens

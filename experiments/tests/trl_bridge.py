@@ -1,6 +1,7 @@
 """From the toy to TRL and back: its policy as a transformers GPT-2, its task as TRL's tokenizer, reward and prompts.
 
-Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark.py; the recipe itself is in experiments/trl_recipe.py.
+Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark_lab.py; the recipe itself is in
+experiments/trl_recipe.py.
 """
 
 import torch

@@ -62,7 +62,7 @@ def describe(model, task, seed, questions):
     first = batch.logits[:, 0].softmax(dim=1).mean(dim=0)  # (V,): the first token of a response chooses its pattern
     shares = "/".join(f"{share:.2f}" for share in first[task.encode(task.patterns)])
     row = f"{batch.rewards.mean():8.2f} {confidence(batch.state_logits).mean():5.2f} {shares}"
-    return {"row": row, "answers": [answer(model, task, seed, question) for question in questions], "curve": {}}
+    return {"row": row, "answers": [answer(model, task, seed, question) for question in questions]}
 
 
 def answer(model, task, seed, question):

@@ -1,47 +1,95 @@
-"""The laboratory's command.
+"""The laboratory's command. README.md here says how to add an arm, an experiment, a measure or a table.
 
-python -m experiments list                            the experiments and their arms
-python -m experiments run NAME --out DIR [flags]      train; run NAME --help explains the flags
-python -m experiments report [DIR ...]                write the pages' numbers and pictures
+python -m experiments list                      the experiments: how many jobs of how many updates, and the arms
+python -m experiments run NAME --out DIR        train, a file a job; the same command goes on where it was cut
+python -m experiments report [DIR ...]          write the pages' numbers and pictures, from runs or from data/
 """
 
+import argparse
+import importlib.util
+import os
 import sys
-import textwrap
+from dataclasses import replace
+from pathlib import Path
 
-from experiments import real_model, report, toy
-from experiments.arms import EXPERIMENTS, Config
-from experiments.cli import COMMAND, open_streams
+import torch
+
+from experiments import real_model, report, runs, scores, toy
+from model import check, check_counts
+
+COMMAND = "python -m experiments"
 
 
-def show_experiments():
-    """One line each, of 80 columns at most."""
-    configs = {"plain": Config()} | {name: Config(**flags) for name, flags in EXPERIMENTS.items()}
-    configs |= {name: real_model.RealConfig(**flags) for name, flags in real_model.EXPERIMENTS.items()}
-    for name, config in configs.items():
-        arms = ", ".join(config.arm_list)
-        print(f"{name:21}", textwrap.shorten(arms, 58, break_on_hyphens=False, placeholder=" ..."))
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{COMMAND}: error: {message.splitlines()[0]}\n")
+
+
+def make_parser():
+    parser = Parser(COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
+    commands.add_parser("list")
+    commands.add_parser("report").add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    run = commands.add_parser("run")
+    run.add_argument("name", metavar="NAME", help="an experiment of the list")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files of the jobs are kept")
+    run.add_argument("--seed", type=int, help="the first seed, of the experiment's if not given")
+    run.add_argument("--seeds", type=int, help="how many seeds, as many as the experiment's if not given")
+    run.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)")
+    run.add_argument("--quick", action="store_true", help="seconds a job: sums of one digit, or a random Llama")
+    run.add_argument("--model", help="of the real model: the folder of another checkpoint of transformers")
+    run.add_argument("--device", help="of the real model: where torch computes, cpu (default), cuda, ...")
+    return parser
+
+
+def chosen(args):
+    """The module that does the jobs, and the experiment as the flags change it. ValueError for what cannot be run."""
+    check(args.name in report.EXPERIMENTS, f"{args.name!r} is no experiment: see {COMMAND} list")
+    check_counts(workers=args.workers)
+    check(importlib.util.find_spec("scipy"), 'intervals need SciPy: pip install -e ".[report]"')
+    kind, x = real_model if args.name in real_model.EXPERIMENTS else toy, report.EXPERIMENTS[args.name]
+    given = {name: value for name in ("model", "device") if (value := getattr(args, name)) is not None}
+    check(kind is real_model or not given, f"--{' and --'.join(given)}: {args.name} trains the toy")
+    x = replace(x, **(kind.QUICK if args.quick else {}) | given)
+    first, count = (args.seed, x.seeds.start), (args.seeds, len(x.seeds))
+    first, count = (default if value is None else value for value, default in (first, count))
+    check(0 < count <= 10_000, f"seeds={count} is not between 1 and 10000")
+    x = replace(x, seeds=range(first, first + count))
+    kind.check_start(x)
+    return kind, x
+
+
+def do(args):
+    """What a command says; returns its exit code."""
+    if args.command == "list":
+        for name, x in report.EXPERIMENTS.items():
+            print(f"{name:21}{len(x.jobs()):4} x {x.rl_steps:<4}{', '.join(arm.name for arm in x.arms)}"[:80])
+        return 0
+    if args.command == "report":
+        return report.main(args.folders)
+    torch.set_num_threads(1)
+    kind, x = chosen(args)
+    left = runs.run(x, args.out, kind.rows_of, args.workers)
+    print(scores.shown(x, args.out))
+    if left:
+        print(f"{len(left)} of {len(x.jobs())} jobs are not done; the same command tries again", file=sys.stderr)
+    return 1 if left else 0
 
 
 def main(argv=None) -> int:
-    """Returns the exit code. What is wrong is said in one sentence, with exit code 2."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if command == "run":
-        return (real_model if rest[:1] and rest[0] in real_model.EXPERIMENTS else toy).main(rest)
-    open_streams()
+    """Returns the exit code: 0; 2, nothing was done; 1, a job stopped or a disk was full; 130, Ctrl-C. What is wrong is
+    said in one sentence."""
+    args = make_parser().parse_args(argv)
     try:
-        match command:
-            case "report":
-                report.main(rest)
-            case "list" if not rest:
-                show_experiments()
-            case "-h" | "--help":
-                print(__doc__)
-            case _:
-                raise ValueError("it takes list, run NAME --out DIR or report [DIR ...]")
+        return do(args) or 0
     except (ValueError, ImportError, OSError) as error:
         print(f"{COMMAND}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted: what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -12,7 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minicfrl import rollout
 from model import check
+
+
+@torch.no_grad()
+def turn(model, task, knob, draws):
+    """Turn a knob at a policy, in place: ("a", a) scales W; ("s", s) adds a constant feature of s times the length of
+    the features (root mean square) in a few responses. ValueError for any other knob."""
+    match knob:
+        case "a", a:
+            scale(model, a)
+        case "s", s:
+            prompts = [task.prompt(a, b) for a, b in task.train_pairs[:: len(task.train_pairs) // 32][:32].tolist()]
+            batch = rollout(model, task, prompts, 1, draws)
+            phi = model.features(batch.tokens)[batch.state_mask]  # (N, d)
+            add_constant(model, s * phi.square().sum(dim=1).mean().sqrt().item())
+        case _:
+            raise ValueError(f"there is no knob {knob!r}: only ('a', scale) and ('s', size)")
 
 
 def scale(model, a):

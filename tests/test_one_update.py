@@ -6,182 +6,194 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import generator, random_batch, seeds, states, tiny_gpt
+from strategies import Batch, Policy, batches, led_logits, policies_and_states, vectors
+from tiny import assert_second_order, generator, loss_of, sgd_step
 
-from minicfrl import classifier_gradient, policy_gradient_loss, sequence_logp
+from minicfrl import classifier_gradient, sequence_logp
 from model import entropy
-from ntk import confidence_change, empirical_ntk, entropy_change, logit_change
+from ntk import confidence_change, empirical_ntk, entropy_change, exact_split, influence, logit_change
 
 IDENTITY = 1e-9  # two exact formulas for one number, relative to the largest: rounding in sums of thousands of products
-FIRST_ORDER = 0.3  # halving a step divides its second-order error by 4, up to what the third order adds
 
 
-def loss_of(model, tokens, mask, advantages):
-    return policy_gradient_loss(sequence_logp(model, tokens), advantages, mask[:, 1:])  # (E3)
+def assert_equal(actual, expected, tolerance=IDENTITY):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1e-3, expected.abs().max().item()))
 
 
-def sgd_step(model, parameters, batch, eta):
-    """A copy of the model after one ordinary step on some of its parameters, chosen by name."""
-    model = copy.deepcopy(model)
-    chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(parameters)]
-    optimizer = torch.optim.SGD(chosen, lr=eta)
-    loss_of(model, *batch).backward()
-    optimizer.step()
-    return model
-
-
-def change(before, after):
-    """What an update did to the parameters: all that logit_change wants to know of it."""
-    old = dict(before.named_parameters())
-    return {name: (new - old[name]).detach() for name, new in after.named_parameters()}
-
-
-def moved(model, update, fraction=1.0, part=""):
-    """A copy of the model after a fraction of an update, or of that part of it whose names begin so."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter += fraction * update[name] * name.startswith(part)
-    return model
+def probe_of(batch):
+    """All positions of a batch's first row, prompt and padding as well: what is said holds at any state."""
+    return batch.tokens[:1], torch.ones_like(batch.mask[:1])
 
 
 def logits_at(model, tokens, mask):
     return model(tokens)[mask].detach()
 
 
-def weighted_residuals(model, tokens, mask, advantages):
-    """A_i (e_y - pi) of every response token over their number, (M, V), and the mask (B, T) of the states behind."""
-    state_mask = torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), dim=1)
-    residuals = -model(tokens)[state_mask].softmax(dim=1).detach()  # (M, V)
-    residuals[torch.arange(len(residuals)), tokens[mask]] += 1
-    return advantages.repeat_interleave(mask.sum(dim=1))[:, None] * residuals / mask.sum(), state_mask
+def weighted_residuals(batch):
+    """A_i (e_y - pi) of every response token over their number, (M, V): written out, not by model.residuals."""
+    g = -batch.model(batch.tokens)[batch.states].softmax(dim=1).detach()
+    g[torch.arange(len(g)), batch.tokens[batch.mask]] += 1
+    return batch.A.repeat_interleave(batch.mask.sum(dim=1))[:, None] * g / batch.mask.sum()
 
 
-def assert_first_order(error):
-    """error(1/2) is a quarter of error(1), unless both are rounding."""
-    whole, half = error(1.0), error(0.5)
-    assert whole < 1e-12 or abs(whole / half - 4) < FIRST_ORDER
+def gradient_step(batch):
+    """The update by -dL: {name: change}."""
+    model = copy.deepcopy(batch.model)
+    loss_of(model, *batch.parts).backward()
+    return {name: -p.grad for name, p in model.named_parameters()}
+
+
+def adamw_step(batch):
+    """What AdamW with weight decay and clipping does to the parameters in its first step."""
+    model = copy.deepcopy(batch.model)
+    loss_of(model, *batch.parts).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5).step()
+    old = dict(batch.model.named_parameters())
+    return {name: (new - old[name]).detach() for name, new in model.named_parameters()}
+
+
+def random_step(batch):
+    """No optimiser's update."""
+    draw = generator(batch.policy.seed)
+    return {name: torch.randn(p.shape, generator=draw) for name, p in batch.model.named_parameters()}
+
+
+def moved(model, update, size, part=""):
+    """A copy of the model after `size` times an update, or that part of it whose names begin so."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += size * update[name] * name.startswith(part)
+    return model
+
+
+def small(update):
+    """A factor that makes the update 3e-4 long: its square is far above rounding, its third order far below."""
+    return 3e-4 / max(1e-3, sum(change.square().sum().item() for change in update.values()) ** 0.5)
 
 
 # ------------------------------------------------------------------------------------------------- the one-step formula
 
 
-@given(seed=seeds, n_layer=st.integers(1, 2), n_head=st.sampled_from([1, 2]))
-def test_the_kernel_predicts_an_sgd_step_at_any_state_up_to_second_order(seed, n_layer, n_head):
-    """(E7): df(x) = eta sum_i A_i K(x, x_i) g_i + O(eta^2). The step never sees ntk.py, and ntk.py never sees the step.
-
-    Taylor's theorem: f is twice differentiable in the parameters, the step is -eta times a gradient, and that gradient
-    is a sum of A_i J_i^T g_i.
-    """
-    model, *batch = random_batch(seed, model=tiny_gpt(seed, n_layer=n_layer, n_head=n_head))
-    probe = states(model, 2, 6, seed + 1)
-    weights, state_mask = weighted_residuals(model, *batch)
-    kernel = empirical_ntk(model, *probe, batch[0], state_mask)
-    predicted = torch.einsum("nvmw,mw->nv", kernel.full(), weights)  # per unit of eta
-    start, eta = logits_at(model, *probe), 1e-3 / predicted.abs().max().clamp(min=1).item()
-
-    def error(fraction):
-        after = sgd_step(model, "", batch, fraction * eta)
-        return (logits_at(after, *probe) - start - fraction * eta * predicted).norm().item()
-
-    assert_first_order(error)
-
-
-@given(seed=seeds, vocab_size=st.sampled_from([3, 8, 11]), n_layer=st.integers(1, 2))
-def test_for_an_sgd_step_the_two_parts_of_any_update_are_those_of_the_kernel(seed, vocab_size, n_layer):
+@given(batch=batches(rows=(1, 4)))
+def test_for_a_gradient_step_the_two_parts_of_any_update_are_those_of_the_kernel(batch):
     """(E8) = (E7), part by part: -eta dL/dW phi = eta sum A_i R g_i, and likewise for the body. Prompt and padding
     tokens have no term in the sum, and need none."""
-    model, *batch = random_batch(seed, model=tiny_gpt(seed, vocab_size, n_layer=n_layer))
-    probe = states(model, 2, 6, seed + 1)
-    weights, state_mask = weighted_residuals(model, *batch)
-    kernel = empirical_ntk(model, *probe, batch[0], state_mask)
-    loss_of(model, *batch).backward()
-    parts = logit_change(model, *probe, {name: -parameter.grad for name, parameter in model.named_parameters()})
-    expected = kernel.representation @ weights, torch.einsum("nvmw,mw->nv", kernel.gradient, weights)
-    for part, sum_over_states in zip(parts, expected, strict=True):
-        tolerance = IDENTITY * sum_over_states.abs().max().item()
-        torch.testing.assert_close(part, sum_over_states, rtol=0, atol=tolerance)
+    weights = weighted_residuals(batch)
+    kernel = empirical_ntk(batch.model, *probe_of(batch), batch.tokens, batch.states)
+    through_W, through_body = logit_change(batch.model, *probe_of(batch), gradient_step(batch))
+    assert_equal(through_W, kernel.representation @ weights)
+    assert_equal(through_body, torch.einsum("nvmw,mw->nv", kernel.gradient, weights))
 
 
-def test_with_a_tied_classifier_the_split_is_wrong():
-    """Why `empirical_ntk` refuses it: a step of the shared matrix moves the logits through W and through the body, and
-    the untied twin leaves out what each of the two gradients does in the other's place. More than 1% of the change."""
-    for seed in range(5):
-        twin, *batch = random_batch(seed)
-        tied = copy.deepcopy(twin)
-        tied.classifier.weight = tied.body.token_embedding.weight
-        with torch.no_grad():
-            twin.classifier.weight.copy_(twin.body.token_embedding.weight)
-        probe = states(twin, 2, 6, seed + 1)
-        loss_of(twin, *batch).backward()
-        split = sum(logit_change(twin, *probe, {name: -p.grad for name, p in twin.named_parameters()}))
-        measured = (logits_at(sgd_step(tied, "", batch, 1e-6), *probe) - logits_at(tied, *probe)) / 1e-6
-        assert (split - measured).norm() > 0.01 * measured.norm()
+def by_the_kernel(batch):
+    """(E7), per unit of eta, and what it is about."""
+    kernel = empirical_ntk(batch.model, *probe_of(batch), batch.tokens, batch.states)
+    predicted = torch.einsum("nvmw,mw->nv", kernel.full(), weighted_residuals(batch))
+    return predicted, lambda model: logits_at(model, *probe_of(batch))
 
 
-# --------------------------------------------------------------------------------------------------------- any update
+def by_influence(batch):
+    """The column sums of (E10), per unit of eta: what is done to the log-probability of every sampled token."""
+    R, G = influence(batch.model, batch.tokens, batch.states, batch.A)
+    predicted = (R + G).sum(dim=0) / batch.mask.sum()
+    return predicted, lambda model: sequence_logp(model, batch.tokens)[batch.mask[:, 1:]].detach()
 
 
-@given(seed=seeds, vocab_size=st.sampled_from([3, 8, 11]))
-def test_each_part_of_an_arbitrary_update_is_a_finite_difference(seed, vocab_size):
-    """Central differences along the update of W alone, exact as logits are linear in W, and of the body alone."""
-    model = tiny_gpt(seed, vocab_size)
-    probe = states(model, 2, 6, seed)
-    update = {name: torch.randn(p.shape, generator=generator(seed)) for name, p in model.named_parameters()}
-    parts = logit_change(model, *probe, update)
+@pytest.mark.parametrize("prediction", [by_the_kernel, by_influence])
+@given(batch=batches(rows=(1, 3)))
+def test_what_the_kernel_predicts_a_real_sgd_step_does_up_to_second_order(prediction, batch):
+    """(E7): df(x) = eta sum_i A_i K(x, x_i) g_i + O(eta^2). The step is backward()'s, so a parameter that the kernel
+    left out would show: the step never sees ntk.py, and ntk.py never sees the step.
+
+    Taylor's theorem: f is twice differentiable in the parameters, the step is -eta times a gradient, and that gradient
+    is a sum of A_i J_i^T g_i. An influence is the same after another derivative, that of log pi."""
+    predicted, look = prediction(batch)
+    start, eta = look(batch.model), small(gradient_step(batch))
+
+    def error(fraction):
+        after = sgd_step(batch.model, "", batch.parts, fraction * eta)
+        return (look(after) - start - fraction * eta * predicted).norm().item()
+
+    assert_second_order(error)
+
+
+@pytest.mark.parametrize("step", [gradient_step, adamw_step, random_step])
+@given(batch=batches(rows=(1, 3)))
+def test_what_an_update_does_to_logits_and_entropy_is_predicted_up_to_second_order(step, batch):
+    """(E8) and (E9) hold for whatever the optimiser did. W's part is exact, because f is linear in W; the body's part
+    differs from that of the exact split in its second order."""
+    probe, update = probe_of(batch), step(batch)
+    through_W, through_body = logit_change(batch.model, *probe, update)
+    logits, eta = logits_at(batch.model, *probe), small(update)
+    dH = entropy_change(logits, through_W + through_body)
+
+    def errors(fraction):
+        after = moved(batch.model, update, fraction * eta)
+        phi, phi_after = (model.features(probe[0])[probe[1]].detach() for model in (batch.model, after))
+        by_W, by_body, cross = exact_split(phi, batch.model.classifier.weight, phi_after, after.classifier.weight)
+        torch.testing.assert_close(by_W, fraction * eta * through_W, rtol=0, atol=1e-12)
+        change = entropy(logits + by_W + by_body + cross) - entropy(logits)
+        return (by_body - fraction * eta * through_body).norm().item(), (change - fraction * eta * dH).norm().item()
+
+    for which in (0, 1):
+        assert_second_order(lambda fraction, which=which: errors(fraction)[which])
+
+
+@given(batch=batches())
+def test_each_part_of_an_arbitrary_update_is_a_finite_difference(batch):
+    """Central differences along the update of W alone, exact as logits are linear in W, and of the body alone. A
+    LayerNorm of small variance is sharply curved, which costs the difference digits."""
+    update = random_step(batch)
+    parts = logit_change(batch.model, *probe_of(batch), update)
     for part, moves in zip(parts, ("classifier", "body"), strict=True):
-        sides = [logits_at(moved(model, update, step, moves), *probe) for step in (1e-5, -1e-5)]
-        difference = (sides[0] - sides[1]) / 2e-5
-        # A LayerNorm of small variance is sharply curved, which costs the difference digits.
-        torch.testing.assert_close(part, difference, rtol=1e-4, atol=1e-4 * part.abs().max().item())
+        ahead, behind = (logits_at(moved(batch.model, update, step, moves), *probe_of(batch)) for step in (1e-5, -1e-5))
+        assert_equal(part, (ahead - behind) / 2e-5, 1e-4)
 
 
-def test_what_an_update_leaves_out_does_not_move():
-    model = tiny_gpt(0)
-    probe = states(model, 2, 6, 0)
-    update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+@given(drawn=policies_and_states())
+def test_what_an_update_leaves_out_does_not_move(drawn):
+    policy, *probe = drawn
+    update = {name: torch.ones_like(p) for name, p in policy.model.named_parameters()}
+    both = logit_change(policy.model, *probe, update)
     W = {"classifier.weight": update.pop("classifier.weight")}
-    (only_W, nothing), (nothing_2, only_body) = logit_change(model, *probe, W), logit_change(model, *probe, update)
+    (only_W, nothing), (nothing_2, only_body) = (logit_change(policy.model, *probe, part) for part in (W, update))
     assert torch.equal(nothing, torch.zeros_like(nothing)) and torch.equal(nothing, nothing_2)
-    both = logit_change(model, *probe, W | update)
     assert torch.equal(both[0], only_W) and torch.equal(both[1], only_body)
 
 
-@given(seed=seeds)
-def test_an_adamw_step_with_clipping_is_predicted_up_to_second_order(seed):
-    """(E8) and (E9) hold for whatever the optimiser did: here Adam, weight decay and clipping at once."""
-    model, *batch = random_batch(seed)
-    probe = states(model, 2, 6, seed + 1)
-    after = copy.deepcopy(model)
-    loss_of(after, *batch).backward()
-    torch.nn.utils.clip_grad_norm_(after.parameters(), 0.1)
-    torch.optim.AdamW(after.parameters(), lr=1e-5, weight_decay=0.5).step()
-    update = change(model, after)
-    dlogits, logits = sum(logit_change(model, *probe, update)), logits_at(model, *probe)
-
-    def logits_after(fraction):
-        return logits_at(moved(model, update, fraction), *probe)
-
-    assert_first_order(lambda fraction: (logits_after(fraction) - logits - fraction * dlogits).norm().item())
-    predicted = entropy_change(logits, dlogits)
-    assert_first_order(
-        lambda fraction: (entropy(logits_after(fraction)) - entropy(logits) - fraction * predicted).norm().item()
-    )
+@pytest.mark.parametrize("seed", range(5))
+def test_with_a_tied_classifier_the_split_is_wrong_and_with_its_untied_twin_right(seed):
+    """Why a tied one is refused: a step of the shared matrix moves the logits through W and through the body, and what
+    each of the two gradients does in the other's place is in neither part. That is more than 1% of the change; of the
+    twin, which has the same weights and is the same function, the split misses less than 0.01%."""
+    tied = Batch(Policy(V=5, tied=True, seed=seed), 2, ((0, 1), (2, 3, 1)), (1.0, -0.5))
+    twin = copy.deepcopy(tied.model)
+    twin.classifier.weight = torch.nn.Parameter(tied.model.classifier.weight.detach().clone())
+    loss_of(twin, *tied.parts).backward()
+    split = sum(logit_change(twin, *probe_of(tied), {name: -p.grad for name, p in twin.named_parameters()}))
+    before = logits_at(twin, *probe_of(tied))
+    for model, wrong in ((tied.model, True), (twin, False)):
+        model.zero_grad()
+        after = logits_at(sgd_step(model, "", tied.parts, 1e-6), *probe_of(tied))
+        miss = ((after - before) / 1e-6 - split).norm() / split.norm()
+        assert miss > 1e-2 if wrong else miss < 1e-4
 
 
 @pytest.mark.parametrize(
     "update, message",
     [
         ({"body.bloks.0": torch.zeros(1)}, "update names 'body.bloks.0', which is no parameter"),
-        ({"norm.weight": torch.zeros(8)}, "update names 'norm.weight'"),
-        ({"classifier.weight": torch.zeros(8, 5)}, r"update of classifier.weight must be \(5, 8\) .*not \(8, 5\)"),
-        ({"body.norm.bias": torch.zeros(8, dtype=torch.float32)}, "float64, not .* torch.float32"),
+        ({"norm.weight": torch.zeros(4)}, "update names 'norm.weight'"),
+        ({"classifier.weight": torch.zeros(4, 5)}, r"update of classifier.weight must be \(5, 4\) .*not \(4, 5\)"),
+        ({"body.norm.bias": torch.zeros(4, dtype=torch.float32)}, "float64, not .* torch.float32"),
     ],
 )
 def test_an_update_that_is_not_the_model_s_is_refused(update, message):
-    model = tiny_gpt(0)
+    tokens = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        logit_change(model, *states(model, 2, 4, 0), update)
+        logit_change(Policy(V=5).model, tokens, tokens == 0, update)
 
 
 def test_changes_of_logits_must_have_the_logits_shape():
@@ -194,67 +206,62 @@ def test_changes_of_logits_must_have_the_logits_shape():
 # ---------------------------------------------------------------------------------------------------- classifier first
 
 
-@given(seed=seeds, eta=st.sampled_from([1e-3, 1.0, 100.0]))
-def test_an_sgd_step_on_the_classifier_is_the_representation_component_exactly_at_any_size(seed, eta):
-    """Logits are linear in W: df = dW phi = eta sum A_i <phi, phi_i> g_i, without remainder. Stage 1 feels R alone."""
-    model, *batch = random_batch(seed)
-    probe = states(model, 2, 6, seed + 1)
-    weights, state_mask = weighted_residuals(model, *batch)
-    kernel = empirical_ntk(model, *probe, batch[0], state_mask)
-    measured = logits_at(sgd_step(model, "classifier", batch, eta), *probe) - logits_at(model, *probe)
-    # The difference of logits of order 1 is off by their rounding, which a small step does not shrink.
-    torch.testing.assert_close(measured, eta * kernel.representation @ weights, rtol=1e-10, atol=1e-13 * max(1, eta))
+@given(batch=batches(), eta=st.sampled_from([1e-3, 1.0, 100.0]))
+def test_an_sgd_step_on_the_classifier_is_the_representation_component_exactly_at_any_size(batch, eta):
+    """Logits are linear in W: df = dW phi = eta sum A_i <phi, phi_i> g_i, without remainder. Stage 1 feels R alone. The
+    difference of logits of order 1 is off by their rounding, which a small step does not shrink."""
+    kernel = empirical_ntk(batch.model, *probe_of(batch), batch.tokens, batch.states)
+    after = sgd_step(batch.model, "classifier", batch.parts, eta)
+    measured = logits_at(after, *probe_of(batch)) - logits_at(batch.model, *probe_of(batch))
+    expected = eta * kernel.representation @ weighted_residuals(batch)
+    torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-12 * max(1, eta))
 
 
-@given(seed=seeds, eta=st.sampled_from([0.1, 10.0]))
-def test_a_step_on_the_classifier_adds_rewarded_features_to_what_the_body_is_told(seed, eta):
+@given(batch=batches(), eta=st.sampled_from([0.1, 10.0]), data=st.data())
+def test_a_step_on_the_classifier_adds_rewarded_features_to_what_the_body_is_told(batch, eta, data):
     """The body learns from W^T g. W1 = W0 + eta sum A_i g_i phi_i^T, so W1^T g = W0^T g + eta sum A_i phi_i (g_i . g):
     stage 1 turns later feature gradients towards the features of what was rewarded, for residuals alike."""
-    model, *batch = random_batch(seed)
-    weights, state_mask = weighted_residuals(model, *batch)
-    after = sgd_step(model, "classifier", batch, eta)
-    features = model.features(batch[0])[state_mask].detach()  # (M, d)
-    g = torch.randn(model.config.vocab_size, generator=generator(seed))
-    expected = g @ model.classifier.weight + eta * (weights @ g) @ features
-    torch.testing.assert_close(g @ after.classifier.weight, expected, rtol=1e-10, atol=1e-10)
+    g, W = data.draw(vectors(batch.policy.V)), batch.model.classifier.weight
+    after = sgd_step(batch.model, "classifier", batch.parts, eta).classifier.weight
+    phi = batch.model.features(batch.tokens)[batch.states].detach()  # (M, d)
+    expected = g @ W + eta * (weighted_residuals(batch) @ g) @ phi
+    torch.testing.assert_close(g @ after, expected, rtol=1e-10, atol=1e-10)
 
 
-@given(seed=seeds)
-def test_classifier_then_body_is_the_joint_step_to_first_order(seed):
+@given(batch=batches(rows=(1, 3)))
+def test_classifier_then_body_is_the_joint_step_to_first_order(batch):
     """Moving W first changes the body's gradient by O(eta), hence its step by O(eta^2). So the order of the stages
-    cannot matter within one small update: what it is worth comes from many steps, the optimiser, or noise."""
-    model, *batch = random_batch(seed)
-    probe = states(model, 2, 6, seed + 1)
+    cannot matter within one small update: what it is worth comes from many steps, the optimiser, or noise. W moves by
+    (E4), the joint step by backward(): any other move of W would differ from it to first order."""
+    model, size = batch.model, small(gradient_step(batch))
+    phi = model.features(batch.tokens).detach()[:, :-1]
+    dW = classifier_gradient(phi, model.classifier(phi), batch.tokens[:, 1:], batch.A, batch.mask[:, 1:]).detach()
 
     def error(fraction):
-        eta = 1e-3 * fraction
-        joint = sgd_step(model, "", batch, eta)
-        in_turn = sgd_step(sgd_step(model, "classifier", batch, eta), "body", batch, eta)
-        return (logits_at(joint, *probe) - logits_at(in_turn, *probe)).norm().item()
+        first = copy.deepcopy(model)
+        first.classifier.weight.data -= fraction * size * dW
+        in_turn = sgd_step(first, "body", batch.parts, fraction * size)
+        joint = sgd_step(model, "", batch.parts, fraction * size)
+        return (logits_at(joint, *probe_of(batch)) - logits_at(in_turn, *probe_of(batch))).norm().item()
 
-    assert_first_order(error)
+    assert_second_order(error)
 
 
-@given(seed=seeds)
-def test_stage_1_moves_the_classifier_s_norm_by_the_covariance_of_log_probability_and_advantage(seed):
+@given(drawn=led_logits(), data=st.data())
+def test_stage_1_moves_the_classifier_s_norm_by_the_covariance_of_log_probability_and_advantage(drawn, data):
     """d|W|^2 = 2 <W, dW> = 2 eta sum_i A_i g_i . f_i, and over y ~ pi that is 2 eta Cov(log pi, A): rewarding what is
-    likely lengthens W, rewarding the unlikely shortens it. So a longer W is no necessity of RL."""
-    model = tiny_gpt(seed)
-    tokens, mask = states(model, 1, 4, seed)
-    phi = model.features(tokens)[:, -1:].detach()  # (1, 1, d): one state, all its V actions, weighted by probability
-    logp = model.classifier(phi).log_softmax(dim=2).flatten().detach()
-    V = len(logp)
-    advantages = torch.randn(V, generator=generator(seed))
+    likely lengthens W, rewarding the unlikely shortens it. So a longer W is no necessity of RL. Here phi = 1 at one
+    state, so that W is its logits, and all V actions are weighted by their probability."""
+    logits, _, _ = drawn
+    V, logp = len(logits), logits.log_softmax(dim=0)
+    one, phi, pi = torch.ones(V, 1, dtype=torch.bool), torch.ones(V, 1, 1), logp.exp()
 
     def change_of_squared_norm(advantages):
-        repeated = phi.expand(V, 1, -1)
-        gradient = classifier_gradient(
-            repeated, model.classifier(repeated), torch.arange(V)[:, None], logp.exp() * advantages,
-            torch.ones(V, 1, dtype=torch.bool), count=1,
-        )  # fmt: skip
-        return -2 * (model.classifier.weight * gradient).sum().item()
+        actions = torch.arange(V)[:, None]
+        gradient = classifier_gradient(phi, logits.expand(V, 1, V), actions, pi * advantages, one, count=1)
+        return -2 * (logits @ gradient[:, 0]).item()
 
-    pi = logp.exp()
+    advantages = data.draw(vectors(V))
     covariance = (pi * (logp - pi @ logp) * advantages).sum().item()
     assert change_of_squared_norm(advantages) == pytest.approx(2 * covariance, rel=1e-10, abs=1e-10)
     assert change_of_squared_norm(-logp) < 0

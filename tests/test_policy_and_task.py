@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import TinyTask, generator, seeds, tiny_gpt
+from strategies import policies, seeds
+from tiny import ROUNDING, TinyTask, generator, tiny_gpt
 from torch import nn
 
 from minicfrl import (
@@ -157,9 +158,9 @@ def test_a_policy_whose_logits_are_not_w_phi_is_refused_by_both_loops_and_by_the
         empirical_ntk(make(), tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-@given(seed=seeds, vocab_size=st.integers(2, 6), size=st.sampled_from([1e-3, 1.0, 1e3]))
-def test_a_policy_as_the_book_makes_it_is_taken_whatever_its_size(seed, vocab_size, size):
-    model = tiny_gpt(seed, vocab_size)
+@given(policy=policies(), size=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_a_policy_as_the_book_makes_it_is_taken_whatever_its_size(policy, size):
+    model = copy.deepcopy(policy.model)
     with torch.no_grad():
         model.classifier.weight *= size
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -228,7 +229,7 @@ def test_log_probabilities_stand_at_their_tokens_whatever_the_prompts_length(see
     whole, last, chosen = sequence_logp(model, batch.tokens), sequence_logp(short, batch.tokens), batch.mask[:, 1:]
     assert batch.logp.shape == whole.shape == last.shape == chosen.shape
     for logp in (batch.logp, last):
-        torch.testing.assert_close(logp[chosen], whole[chosen], rtol=0, atol=1e-12)
+        torch.testing.assert_close(logp[chosen], whole[chosen], rtol=0, atol=100 * ROUNDING)
         assert not logp[:, : short.prompt - 1].any()
 
 
@@ -262,12 +263,11 @@ def test_a_prompt_whose_tokens_change_with_what_follows_is_refused():
 
 
 @pytest.mark.parametrize("trains", STAGES)
-@pytest.mark.parametrize("patterns, begins", [("12", False), ("1234", False), ("1234", True)])
-def test_another_task_trains(patterns, begins, trains):
+def test_another_task_trains(trains):
     """Four patterns, another alphabet, the end token 0, a begin token: both loops move the policy and reward rises."""
-    task = Letters(patterns, begins)
+    task = Letters("1234", begins=True)
     model = tiny_gpt(0, task.vocab_size, task.block_size)
-    sft = SFTConfig((Stage(30, lr=1e-2),), rows=16, mixture=(1.0,) * len(patterns))
+    sft = SFTConfig((Stage(30, lr=1e-2),), rows=16, mixture=(1.0,) * 4)
     losses = [record["loss"] for record in supervised_finetune(model, task, sft, generator(0))]
     assert losses[-1] < 0.7 * losses[0]
     model = tiny_gpt(0, task.vocab_size, task.block_size)

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import generator, tiny_gpt
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from tiny import tiny_gpt
 
 import minicfrl
 import train_toy
@@ -26,18 +29,20 @@ from train_toy import ARMS, held_out, look, main, make_start, stream, train_arm
 ROOT = Path(__file__).parent.parent
 BOOK = ("model.py", "minicfrl.py", "fast_ntk.py", "ntk.py", "train_toy.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = dict(QUICK=(2, 0.0, 20), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)  # seconds become tenths
 ROW = r"(\w[\w-]*) +\d\.\d\d +\d\.\d\d \d\.\d\d/\d\.\d\d/\d\.\d\d( +(\d+|never) +[+-]\d\.\d{3} +[+-]\d\.\d{3})?"
 
 
 # ------------------------------------------------------------------------------------------------------ it stands alone
 
-# Runs --quick in the current folder, and notes in which of its files functions were entered.
+# Runs --quick, made smaller, in the current folder, and notes in which of its files functions were entered.
 DRIVER = """
 import json, os, sys
 here, entered = os.getcwd(), set()
 sys.path.insert(0, here)
 sys.stdout.reconfigure(encoding="ascii")
 import train_toy
+vars(train_toy).update(json.loads(sys.argv[2]))
 sys.settrace(lambda frame, event, argument: entered.add(frame.f_code.co_filename))
 code = train_toy.main(["--quick"])
 sys.settrace(None)
@@ -50,12 +55,13 @@ with open(sys.argv[1], "w") as file:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One --quick run in an empty folder that holds the five files alone, on a terminal that knows ASCII alone."""
+    """A run in an empty folder that holds the five files alone, on a terminal that knows ASCII alone. Its sizes are
+    smaller than those of --quick, which changes its numbers and not what it prints around them."""
     folder, result = tmp_path_factory.mktemp("book"), tmp_path_factory.mktemp("result") / "result.json"
     for name in BOOK:
         shutil.copy(ROOT / name, folder)
     done = subprocess.run(
-        [sys.executable, "-B", "-I", "-c", DRIVER, str(result)],
+        [sys.executable, "-B", "-I", "-c", DRIVER, str(result), json.dumps(TINY)],
         cwd=folder,
         capture_output=True,
         timeout=300,
@@ -83,7 +89,7 @@ def test_no_file_of_the_book_imports_anything_of_the_project_but_the_book():
 def test_what_a_run_prints_is_a_screen_of_80_ascii_columns(quick):
     lines = quick["out"].splitlines()
     assert len(lines) <= 25 and max(map(len, lines)) <= 80 and quick["out"].isascii()
-    assert [found[1] for line in lines if (found := re.fullmatch(ROW, line))] == ["start", *ARMS]
+    assert rows(quick["out"]) == ["start", *ARMS]
     sentence = " ".join(lines[-2:])
     assert re.match(r"Updates to accuracy .* one seed decides nothing", sentence) and sentence.count(". ") == 0
 
@@ -104,13 +110,17 @@ def test_the_readme_s_capture_has_the_layout_of_what_is_printed(quick):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Seconds become tenths: two updates of fine-tuning, 4, 1 + 3 and 1 + 3 of the arms, few prompts."""
-    settings = dict(QUICK=(2, 0.5, 20), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)
-    for name, value in settings.items():
+    """Two updates of fine-tuning, 4, 1 + 3 and 1 + 3 of the arms, few prompts."""
+    for name, value in TINY.items():
         monkeypatch.setattr(train_toy, name, value)
 
 
 FLAGS = ["--quick", "--digits", "1"]
+
+
+def rows(printed):
+    """The policies of the table that was printed."""
+    return [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))]
 
 
 def test_the_control_differs_from_cf_rl_in_the_freezing_alone():
@@ -125,12 +135,21 @@ def test_the_control_differs_from_cf_rl_in_the_freezing_alone():
     assert sum(stage.steps for stage in ARMS["rl"]) == alone.steps + rest.steps
 
 
-def test_a_new_arm_is_one_line(tiny, monkeypatch, capsys):
-    """The last block first, as the comment beside ARMS says."""
+def test_every_arm_makes_its_updates_and_a_new_arm_is_one_line(tiny, monkeypatch, capsys):
+    """The last block first, as the comment beside ARMS says. Of QUICK's arms a twentieth is left: 4 updates, or 1 and
+    3, and none is lost or added."""
     monkeypatch.setitem(ARMS, "block", (Stage(20, "body.blocks.1", 4e-4), Stage(60, "all", 4e-4)))
+    made = []
+
+    def counted(model, task, config, draws):
+        made.append([])
+        for record in train_rl(model, task, config, draws):
+            made[-1].append(record["stage"])
+            yield record
+
+    monkeypatch.setattr(train_toy, "train_rl", counted)
     assert main(FLAGS) == 0
-    printed = capsys.readouterr().out
-    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == ["start", *ARMS]
+    assert rows(capsys.readouterr().out) == ["start", *ARMS] and made == [[1] * 4, *[[1, 2, 2, 2]] * 3]
 
 
 def test_what_is_finished_is_told_whatever_goes_wrong(tiny, monkeypatch, capsys):
@@ -139,23 +158,24 @@ def test_what_is_finished_is_told_whatever_goes_wrong(tiny, monkeypatch, capsys)
     with pytest.raises(ValueError, match="trains='body.block.1' names no parameter"):
         main(FLAGS)
     printed = capsys.readouterr().out
-    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == ["start", *ARMS][:-1]
+    assert rows(printed) == ["start", *ARMS][:-1]
 
 
-def test_the_same_seed_prints_the_same_and_another_seed_does_not(tiny, capsys):
+def test_a_seed_prints_the_same_whatever_ran_before_it_and_another_seed_does_not(tiny, capsys):
     printed = []
-    for seed in ("0", "0", "-1"):
+    for seed in ("0", "-1", "0"):
         torch.rand(3)  # the global random state plays no part
         assert main([*FLAGS, "--seed", seed]) == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != printed[2]
+    assert printed[0] == printed[2] != printed[1]
 
 
-def test_every_purpose_and_seed_has_random_numbers_of_its_own():
-    draws = [
-        stream(seed, purpose).initial_seed() for seed in (0, 1, -1) for purpose in ("init", "sft", "rl", "answers")
-    ]
-    assert len(set(draws)) == len(draws) and stream(3, "rl").initial_seed() == stream(3, "rl").initial_seed()
+@given(a=st.tuples(st.integers(), st.text(" 0-9ab")), b=st.tuples(st.integers(), st.sampled_from("ab")))
+def test_every_purpose_and_seed_has_random_numbers_of_its_own(a, b):
+    """Up to a collision of 32 bits, which none of the drawn pairs is. A purpose ends in no digit, so that its text and
+    the seed's, side by side, can be read back."""
+    first, second = (stream(seed, f"{purpose}x").initial_seed() for seed, purpose in (a, b))
+    assert (first == second) == (a == b)
 
 
 class Lengths(Addition):
@@ -191,14 +211,10 @@ def test_an_arm_is_train_rl_on_a_copy_of_the_start_and_its_row_is_what_it_measur
     assert list(run["curve"]) == [2, 4] and took == "2" and run["took"] == 2  # every accuracy is at least 0
 
 
-class Never(Addition):
-    def verify(self, prompt, response):
-        return 0.0
-
-
 @pytest.mark.parametrize("threshold, took", [(0.0, 2), (0.1, "never")])
-def test_a_threshold_is_reached_at_the_first_evaluation_that_is_at_it(tiny, threshold, took):
-    task = Never(1)
+def test_a_threshold_is_reached_at_the_first_evaluation_that_is_at_it(tiny, threshold, took, monkeypatch):
+    task = Addition(1)
+    monkeypatch.setattr(task, "verify", lambda prompt, response: 0.0)
     model = tiny_gpt(0, task.vocab_size, task.block_size)
     assert train_arm(model, task, 0, "none", (Stage(4),), threshold, [])["took"] == took
 
@@ -213,20 +229,41 @@ def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():
 
 
 def test_held_out_questions_are_never_training_questions():
+    """What is measured asks the first held-out pairs, each in all its samples."""
     task = Addition(1)
     batch = held_out(tiny_gpt(0, task.vocab_size, task.block_size), task, 0, 5)
-    asked = {task.operands(task.decode(row[:4].tolist())) for row in batch.tokens}
-    assert asked == {tuple(pair) for pair in task.heldout_pairs[:5].tolist()}
+    asked = [task.operands(task.decode(row[:4].tolist())) for row in batch.tokens]
+    assert asked == [tuple(pair) for pair in task.heldout_pairs[:5].tolist() for _ in range(8)]
 
 
 # --------------------------------------------------------------------------------------------------------------- asking
 
 
-def test_a_sum_is_asked_of_every_policy(tiny, capsys):
-    assert main([*FLAGS, "--ask", "4+7="]) == 0
-    answers = [line for line in capsys.readouterr().out.splitlines() if "4+7=" in line]
+@pytest.mark.parametrize("flags", [[], ["--ask", "4+7="]])
+def test_every_policy_answers_the_sum_that_is_asked_or_two_held_out_ones(flags, tiny, capsys):
+    task = Addition(1)
+    asked = flags[1:] or [task.prompt(*pair) for pair in task.heldout_pairs[-2:].tolist()]
+    assert main([*FLAGS, *flags]) == 0
+    answers = capsys.readouterr().out.partition("samples are right:\n")[2].splitlines()[: 1 + len(ARMS)]
     assert [line.split()[0] for line in answers] == ["start", *ARMS]
-    assert all(re.search(r"(right|wrong), [0-8]$", line.rstrip()) for line in answers)
+    for line in answers:
+        assert re.findall(r"\d\+\d=", line) == asked
+        assert len(re.findall(r"(?:right|wrong), [0-8](?: |$)", line)) == len(asked)
+
+
+@given(seed=seeds, pair=st.tuples(st.integers(0, 9), st.integers(0, 9)))
+def test_an_answer_is_the_likeliest_token_at_every_state_and_the_samples_that_are_right(seed, pair):
+    """Rebuilt token by token from full forward passes. Responses of even length are right here, so that some are."""
+    task = Lengths(1)
+    model, question = tiny_gpt(seed, task.vocab_size, task.block_size), task.prompt(*pair)
+    tokens = task.encode(question)
+    while len(tokens) < task.block_size and tokens[-1] != task.end_token:
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    ended = tokens[-1] == task.end_token
+    text = task.decode(tokens[len(question) : len(tokens) - ended])
+    samples = rollout(model, task, [question], 8, stream(seed, "answers")).rewards
+    verdict = "right" if ended and len(text) % 2 == 0 else "wrong"
+    assert train_toy.answer(model, task, seed, question) == f"{question}{text:13} {verdict}, {int(samples.sum())}"
 
 
 def test_a_picture_is_written_and_nothing_else(tiny, tmp_path, monkeypatch):
@@ -296,7 +333,7 @@ def test_ctrl_c_tells_what_is_finished(finished, tiny, capsys, monkeypatch):
         pytest.fail("it came through")  # else it would end the whole suite
     assert code == 130
     printed = capsys.readouterr().out
-    assert [found[1] for line in printed.splitlines() if (found := re.fullmatch(ROW, line))] == names
+    assert rows(printed) == names
     assert "Interrupted" in printed and "on this seed" not in printed
 
 
@@ -349,7 +386,3 @@ def test_the_caller_s_process_is_left_as_it_was(tiny, monkeypatch):
         assert process() == before
     finally:
         torch.set_num_threads(1)
-
-
-def test_generators_are_on_the_default_device():
-    assert stream(0, "rl").device == generator(0).device

@@ -1,10 +1,12 @@
-"""What several test files share: tiny policies, and a task so small that every response can be listed."""
+"""What several test files share: tiny policies, a step, an order, a task so small that every response can be listed."""
 
+import copy
 import itertools
 
 import torch
 from hypothesis import strategies as st
 
+from minicfrl import policy_gradient_loss, sequence_logp
 from model import GPT, GPTConfig
 
 ROUNDING = 1e-12  # a few additions and products of numbers of order 1 in float64
@@ -50,6 +52,27 @@ def gradients(model, scalar):
     parameters = list(model.parameters())
     parts = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
+
+
+def loss_of(model, tokens, mask, advantages, count=None):
+    """(E3) of a batch: tokens and mask (B, T), advantages (B,)."""
+    return policy_gradient_loss(sequence_logp(model, tokens), advantages, mask[:, 1:], count)
+
+
+def sgd_step(model, part, batch, eta):
+    """A copy of the model after one ordinary step on the parameters whose names begin so."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if name.startswith(part)], lr=eta)
+    loss_of(model, *batch).backward()
+    optimizer.step()
+    return model
+
+
+def assert_second_order(error, rounding=1e-11):
+    """Half the step, a quarter of the error. A first-order mistake would leave half, and 4 is exact but for the third
+    order, to which 0.3 is allowed. Nothing is said of an error that is rounding."""
+    whole, half = error(1.0), error(0.5)
+    assert whole <= rounding or abs(whole / half - 4) < 0.3, (whole, half)
 
 
 class TinyTask:

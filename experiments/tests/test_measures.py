@@ -60,31 +60,38 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
             assert abs(pass_at_k(n, right, k) - sum(min(s) < right for s in subsets) / len(subsets)) < ROUNDING
 
 
+def followed(x, model, probe, updates, look=lambda step: {}):
+    """The rows of a run that moves the model by these updates."""
+
+    def records():
+        for step, update in enumerate(updates, start=1):
+            model.load_state_dict(moved(model, update).state_dict())
+            yield {"step": step, "tokens": 10 * step}
+
+    return [*follow(x, model, probe, records(), look)]
+
+
 @given(seed=seeds, size=st.sampled_from([1e-3, 0.3]))
 def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(seed, size):
     """Over two updates, however large, in each of which a part is what its own parameters do alone. Only a step of
     x.looks is a row, but the sums and the tokens are of all."""
     start, draws = policy(seed), generator(seed)
     tokens, mask = states(start, 3, 3, seed)
-    model, expected = copy.deepcopy(start), torch.zeros(3)
+    updates, path, expected = [update_of(start, draws, size) for _ in range(2)], [start], torch.zeros(3)
 
     def top_1(model):
         return confidence(model(tokens)[mask]).mean().item()
 
-    def records():
-        for step in (1, 2):
-            update = update_of(model, draws, size)
-            parts = [top_1(moved(model, update, part)) for part in ("", "classifier", "body")]
-            expected.add_(torch.tensor(parts) - top_1(model))
-            model.load_state_dict(moved(model, update).state_dict())
-            yield {"step": step, "tokens": 10 * step}
-
+    for update in updates:
+        parts = [top_1(moved(path[-1], update, part)) for part in ("", "classifier", "body")]
+        expected += torch.tensor(parts) - top_1(path[-1])
+        path.append(moved(path[-1], update))
     x, probe = tiny(rl_steps=2, n=2, every=2), probe_of(start, tokens, mask)
-    (row,) = follow(x, model, probe, records(), lambda step: {"measured": step})
+    (row,) = followed(x, copy.deepcopy(start), probe, updates, lambda step: {"measured": step})
     assert (row["step"], row["measured"], row["tokens"]) == (2, 2, 30) and row["seconds"] > 0
     change, *parts = (row[f"confidence_{part}"] for part in ("change", "by_W", "by_body", "residual"))
     assert [change, *parts[:2]] == pytest.approx(expected.tolist(), abs=ROUNDING)
-    assert [change, change] == pytest.approx([sum(parts), top_1(model) - top_1(start)], abs=ROUNDING)
+    assert [change, change] == pytest.approx([sum(parts), top_1(path[-1]) - top_1(start)], abs=ROUNDING)
 
 
 @given(seed=seeds)
@@ -97,13 +104,7 @@ def test_agreement_is_the_cosine_of_w_s_part_with_the_whole_less_their_means(see
     before, by_W, whole = (each(tokens)[mask] for each in (model, moved(model, update, "class"), moved(model, update)))
     pairs = [((a - a.mean()), (b - b.mean())) for a, b in zip(by_W - before, whole - before, strict=True)]
     cosines = by_kind(mask, [(a @ b / a.norm() / b.norm()).item() for a, b in pairs])
-
-    def records():
-        model.load_state_dict(moved(model, update).state_dict())
-        yield {"step": 1}
-
-    probe = probe_of(copy.deepcopy(model), tokens, mask)
-    (row,) = follow(tiny(rl_steps=1, n=1), model, probe, records(), lambda step: {})
+    (row,) = followed(tiny(rl_steps=1, n=1), copy.deepcopy(model), probe_of(model, tokens, mask), [update])
     for kind, values in cosines.items():
         assert row[f"agreement_{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-9)
 

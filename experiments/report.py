@@ -75,8 +75,8 @@ AT_THE_END, MORE = replace(ACCURACY, heading="alone, at the end"), ("more", "les
 THROUGH_W = Measure("through W", claims.row(lambda r: r["confidence_by_W"] / r["confidence_change"]), ".0%")
 SCALED = [f"{arm}{a}" for arm in ("rl-sgd", "rl") for a in ("@a0.5", "", "@a2")]
 SHOWN = "sft rl cf-rl control rl-sgd random-reward random-reward-sgd".split()
-FAST, *FASTER = "fast-classifier-x70", "everything-only-x2", "everything-only-x5"
-REAL_SHOWN = ("rl", "cf-rl", "control", FAST, "classifier-only-x200", FASTER[0])
+FAST, W_ALONE, *FASTER = (arm.name for arm in (real_model.FAST, real_model.W_ALONE, *real_model.ALL_FAST))
+REAL_SHOWN = ("rl", "cf-rl", "control", FAST, W_ALONE, FASTER[0])
 
 
 def best_pairs(rate):
@@ -90,7 +90,7 @@ def best_pairs(rate):
 OF_SPEED = [*product(("cf-rl", "control", "fast-classifier", "cf-rl-same-lr"), ["rl"])]
 OF_SPEED += product(["cf-rl"], ("control", "classifier-last", "spread", "fast-classifier"))
 OF_REAL = [*product(("cf-rl", "control", FAST), ["rl"]), *product(["cf-rl"], ("control", "classifier-last", FAST))]
-LATER = [*product(("cf-rl-8x200", "classifier-only-x200", *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST])]
+LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST])]
 ASKED = {"speed": OF_SPEED, "speed-learning": OF_SPEED, "real-both": OF_REAL, "real": LATER}
 ASKED |= {"order-again": best_pairs(40), "order-learning-again": best_pairs(5)}
 OF_SIZES = [("cf-rl", "rl"), ("control", "rl"), ("cf-rl", "control")]
@@ -142,7 +142,7 @@ def part_rows(runs, W_rate):
 def real_part_rows(real, parts):
     """The same parts of SmolLM2, W and everything, alone."""
     runs, named = Runs(real.x, [*real.rows.values(), *parts.rows.values()]), {a.part: a.name for a in parts.x.arms}
-    alone = [*(named[real_model.PARTS[part]] for part in CHOSEN), "classifier-only-x200", "rl"]
+    alone = [*(named[real_model.PARTS[part]] for part in CHOSEN), W_ALONE, "rl"]
     return means(runs, [replace(AT_THE_END, heading="SmolLM2: alone")], alone)
 
 
@@ -215,7 +215,8 @@ def take(out):
     x = EXPERIMENTS[record["name"]]
     odd = [key for key, value in record_of(x).items() if key != "torch" and record.get(key) != value]
     check(not odd, f"{out} holds {x.name} with other {', '.join(odd)}")
-    check(not missing(x, out), f"{out} lacks {len(missing(x, out))} of the {len(x.jobs())} jobs of {x.name}")
+    left = missing(x, out)
+    check(not left, f"{out} lacks {len(left)} of the {len(x.jobs())} jobs of {x.name}")
     scores.keep(x, out)
     if x.name == "confidence":
         write_whole(scores.DATA / "one_update.json", json.dumps(one_update.of_run(x, out)).encode())

@@ -53,7 +53,7 @@ def rows_of(x, out, seed, arm):
     task, model = policy(x, once(out / f"sft-seed{seed}.pt", lambda: new_start(x, seed)))
     if arm.knob:
         knobs.turn(model, task, arm.knob, stream(seed, "knob"))
-    probe = make_probe(model, task, min(32, x.prompts), stream(seed, "probe"))
+    probe = make_probe(model, task, seed, min(32, x.prompts))
     look = functools.partial(measure, x, seed, task, model, probe)
     if arm == START:
         yield {"step": 0} | look(0)

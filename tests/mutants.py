@@ -38,9 +38,7 @@ def first_failure(folder, tests):
     """The first test that fails in the folder, "a time limit" if they hang, or None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", tests]
     quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
-    environment = os.environ | {
-        "HYPOTHESIS_PROFILE": "falls"
-    }  # without shrinking, which takes most of a failure's time
+    environment = os.environ | {"HYPOTHESIS_PROFILE": "falls"}  # shrinking takes most of a failure's time
     process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
     try:
         output, _ = process.communicate(timeout=SECONDS)

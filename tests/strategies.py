@@ -21,9 +21,8 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from tiny import tiny_gpt
+from tiny import seeds, tiny_gpt
 
-seeds = st.integers(0, 2**32 - 1)
 numbers = st.floats(-4, 4, width=32, allow_subnormal=False)
 one_advantage = st.sampled_from((0.0, 1.0, -1.0)) | numbers
 steps = st.floats(1e-3, 10)  # sizes of a step of gradient descent

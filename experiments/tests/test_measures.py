@@ -119,7 +119,7 @@ X = tiny(prompts=2, last_prompts=2, measures="all")
 def test_a_row_reports_what_the_samples_show(seed):
     """Recomputed one sample and one prompt at a time, from the random numbers that every look draws."""
     model = policy(seed + 1)
-    row = measure(X, seed, TASK, model, make_probe(policy(seed), TASK, 2, generator(seed)), 4)
+    row = measure(X, seed, TASK, model, make_probe(policy(seed), TASK, seed, 2), 4)
     batch = rollout(model, TASK, ["0", "1"], 8, stream(seed, "evaluation"))
     states = [batch.logits[i, t] for i, t in batch.mask[:, 1:].nonzero().tolist()]
     first = model(torch.tensor([[0], [1]]))[:, -1].softmax(dim=-1).mean(dim=0)
@@ -143,7 +143,7 @@ def test_what_is_costly_is_measured_at_the_ends_and_there_on_more_prompts(monkey
     """KL at the start and the end of the run; of the kernel and the features also the end of stage 1. The prompts are
     the first of the held-out pairs, 3 and at the two ends 4."""
     seen, task, model = [], Addition(1), tiny_gpt(0, 17, 11)
-    probe, x = make_probe(model, task, 3, generator(0)), tiny(measures="all", every=1)
+    probe, x = make_probe(model, task, 0, 3), tiny(measures="all", every=1)
     monkeypatch.setattr(measures, "rollout", lambda *those: seen.append(those[2:4]) or rollout(*those))
     rows = [measure(x, 0, task, model, probe, step) for step in (0, 1, 2, 4)]
     assert [len(prompts) for prompts, samples in seen if samples == 8] == [4, 3, 3, 4] and len(probe.tokens) == 3

@@ -110,8 +110,8 @@ policy   accuracy top-1          d/s/g updates through W through body""")
     print(*table, f"\nGreedy responses, and how many of {SAMPLES} samples are right:", *answers, sep="\n")
     if {"rl", "cf-rl", "control"} <= runs.keys():
         rl, cf_rl, control = (runs[name]["took"] for name in ("rl", "cf-rl", "control"))
-        print(f"\nUpdates to accuracy {threshold} on this seed: plain RL {rl}, CF-RL {cf_rl}, and the control,")
-        print(f"which freezes nothing, {control}; but one seed decides nothing (the README has ten).")
+        print(f"\nUpdates to accuracy {threshold} on this seed: plain RL {rl}, CF-RL {cf_rl}, the control")
+        print(f"(it freezes nothing) {control}; but one seed decides nothing (the README has ten).")
 
 
 def draw(runs, path):

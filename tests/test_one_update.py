@@ -141,17 +141,6 @@ def test_what_an_update_does_to_logits_and_entropy_is_predicted_up_to_second_ord
         assert_second_order(lambda fraction, which=which: errors(fraction)[which])
 
 
-@given(batch=batches())
-def test_each_part_of_an_arbitrary_update_is_a_finite_difference(batch):
-    """Central differences along the update of W alone, exact as logits are linear in W, and of the body alone. A
-    LayerNorm of small variance is sharply curved, which costs the difference digits."""
-    update = random_step(batch)
-    parts = logit_change(batch.model, *probe_of(batch), update)
-    for part, moves in zip(parts, ("classifier", "body"), strict=True):
-        ahead, behind = (logits_at(moved(batch.model, update, step, moves), *probe_of(batch)) for step in (1e-5, -1e-5))
-        assert_equal(part, (ahead - behind) / 2e-5, 1e-4)
-
-
 @given(drawn=policies_and_states())
 def test_what_an_update_leaves_out_does_not_move(drawn):
     policy, *probe = drawn

@@ -93,13 +93,6 @@ def test_the_kl_penalty_descends_the_exact_kl(policy, other, rewards, strength):
     torch.testing.assert_close(estimate, (S - 1) / S * exact, rtol=0, atol=EXACT)
 
 
-@given(batch=batches())
-def test_the_kl_penalty_is_zero_at_the_reference(batch):
-    """log pi - log pi = 0, bit for bit."""
-    logp = sequence_logp(batch.model, batch.tokens).detach()
-    assert (centred_log_ratio(logp, logp, batch.mask[:, 1:], 1) == 0).all()
-
-
 @given(groups=st.integers(1, 3), samples=st.integers(1, 4), data=st.data())
 def test_the_log_ratio_of_a_response_is_compared_with_its_own_group(groups, samples, data):
     """(E6) by loops: the response's tokens alone count, row p*S + g is sample g of prompt p."""
@@ -224,42 +217,25 @@ def test_on_the_first_inner_step_the_clipped_ppo_gradient_is_the_policy_gradient
 # ------------------------------------------------------------------------------------------------------ the hand-made W
 
 
-def by_hand(batch, W=None):
-    """(E4), and the function of W whose gradient it is: (E3) by a sum over the response's tokens, one after another."""
-    features = batch.model.features(batch.tokens)[:, :-1].detach()
-    W = batch.model.classifier.weight.detach()
-    gradient = classifier_gradient(features, features @ W.T, batch.tokens[:, 1:], batch.A, batch.mask[:, 1:])
-    row, t = batch.states.nonzero(as_tuple=True)
-
-    def loss(weight):
-        logp = (features[row, t] @ weight.T).log_softmax(dim=1)[torch.arange(len(row)), batch.tokens[row, t + 1]]
-        return -(batch.A[row] * logp).sum() / len(row)
-
-    return gradient, loss, W
+def by_hand(batch):
+    """(E4)"""
+    features = batch.model.features(batch.tokens).detach()[:, :-1]
+    logits = batch.model.classifier(features).detach()
+    return classifier_gradient(features, logits, batch.tokens[:, 1:], batch.A, batch.mask[:, 1:])
 
 
 @given(batch=batches())
 def test_the_classifier_gradient_by_hand_is_autograd_s(batch):
     """(E4) against autograd of (E3), which shares no code with it."""
-    W = batch.model.classifier.weight
-    (autograd,) = torch.autograd.grad(loss_of(batch.model, *batch.parts), W)
-    assert_same(by_hand(batch)[0], autograd)
-
-
-@given(batch=batches(), data=st.data())
-def test_the_classifier_gradient_by_hand_agrees_with_finite_differences(batch, data):
-    """Along any direction, central difference with step 1e-5: truncation and rounding are both near 1e-10."""
-    gradient, loss, W = by_hand(batch)
-    direction = data.draw(vectors(W.numel())).view_as(W)
-    slope = (loss(W + 1e-5 * direction) - loss(W - 1e-5 * direction)) / 2e-5
-    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-7, atol=1e-7)
+    (autograd,) = torch.autograd.grad(loss_of(batch.model, *batch.parts), batch.model.classifier.weight)
+    assert_same(by_hand(batch), autograd)
 
 
 @given(batch=batches())
 def test_an_sgd_step_on_the_classifier_has_low_rank_and_keeps_column_sums(batch):
     """dW = sum_i A_i g_i phi_i^T has rank <= min(N, V-1, d), where rows without an advantage do not count in N, and
     1^T dW = 0, since 1^T g_i = 1 - 1 = 0."""
-    dW, N = by_hand(batch)[0], int((batch.mask & (batch.A != 0)[:, None]).sum())
+    dW, N = by_hand(batch), int((batch.mask & (batch.A != 0)[:, None]).sum())
     assert torch.linalg.matrix_rank(dW, atol=1e-10) <= min(N, batch.policy.V - 1, batch.policy.d)
     assert dW.sum(dim=0).abs().max() < 10 * ROUNDING
 
@@ -299,17 +275,16 @@ def test_sampling_below_temperature_1_alone_lowers_the_expected_entropy(drawn, t
 
 def test_shapes_that_disagree_and_empty_masks_are_refused():
     logp, advantages, mask = torch.zeros(2, 3), torch.ones(2), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"mask \(2, 2\) torch.bool does not fit"):
-        policy_gradient_loss(logp, advantages, mask[:, :2])
-    with pytest.raises(ValueError, match=r"'advantages': \(3,\)"):
-        policy_gradient_loss(logp, torch.ones(3), mask)
-    with pytest.raises(ValueError, match="mask selects no token"):
-        policy_gradient_loss(logp, advantages, ~mask)
+    for arguments, message in (
+        ((logp, advantages, mask[:, :2]), r"mask \(2, 2\) torch.bool does not fit"),
+        ((logp, torch.ones(3), mask), r"'advantages': \(3,\)"),
+        ((logp, advantages, ~mask), "mask selects no token"),
+        ((logp[0], torch.ones(3), mask[0]), r"mask \(3,\) torch.bool"),  # would broadcast
+        ((logp, advantages, mask.long()), "torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy_gradient_loss(*arguments)
     features, logits, actions = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"mask \(3,\) torch.bool"):  # would broadcast
-        policy_gradient_loss(torch.zeros(3), torch.ones(3), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="torch.int64"):
-        policy_gradient_loss(logp, advantages, mask.long())
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         classifier_gradient(features, logits, actions[:, :2], advantages, mask)
     with pytest.raises(ValueError, match="mask selects no token"):

@@ -1,14 +1,11 @@
 """The program: it stands alone, says what it did, and leaves nothing behind."""
 
-import ast
-import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +17,6 @@ from hypothesis import strategies as st
 from strategies import seeds
 from tiny import tiny_gpt
 
-import minicfrl
 import train_toy
 from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, train_rl
 from model import confidence
@@ -29,27 +25,23 @@ from train_toy import ARMS, held_out, look, main, make_start, stream, train_arm
 ROOT = Path(__file__).parent.parent
 BOOK = ("model.py", "minicfrl.py", "fast_ntk.py", "ntk.py", "train_toy.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = dict(QUICK=(2, 0.0, 20), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)  # seconds become tenths
+# Seconds become tenths, and no arm gets to the accuracy, so that what is printed is as wide as it can be.
+TINY = dict(QUICK=(2, 1.1, 20), EVALUATED=2, AT_THE_END=3, PROBES=4, EVERY=2, PROMPTS=4)
 ROW = r"(\w[\w-]*) +\d\.\d\d +\d\.\d\d \d\.\d\d/\d\.\d\d/\d\.\d\d( +(\d+|never) +[+-]\d\.\d{3} +[+-]\d\.\d{3})?"
 
 
 # ------------------------------------------------------------------------------------------------------ it stands alone
 
-# Runs --quick, made smaller, in the current folder, and notes in which of its files functions were entered.
+# Runs --quick, made smaller, in the current folder, and notes what it imported of experiments/.
 DRIVER = """
 import json, os, sys
-here, entered = os.getcwd(), set()
-sys.path.insert(0, here)
+sys.path.insert(0, os.getcwd())
 sys.stdout.reconfigure(encoding="ascii")
 import train_toy
 vars(train_toy).update(json.loads(sys.argv[2]))
-sys.settrace(lambda frame, event, argument: entered.add(frame.f_code.co_filename))
 code = train_toy.main(["--quick"])
-sys.settrace(None)
-files = sorted(os.path.basename(file) for file in entered if file.startswith(here))
-result = {"code": code, "files": files, "experiments": [name for name in sys.modules if name[:11] == "experiments"]}
 with open(sys.argv[1], "w") as file:
-    json.dump(result, file)
+    json.dump({"code": code, "experiments": [name for name in sys.modules if name[:11] == "experiments"]}, file)
 """
 
 
@@ -60,30 +52,16 @@ def quick(tmp_path_factory):
     folder, result = tmp_path_factory.mktemp("book"), tmp_path_factory.mktemp("result") / "result.json"
     for name in BOOK:
         shutil.copy(ROOT / name, folder)
-    done = subprocess.run(
-        [sys.executable, "-B", "-I", "-c", DRIVER, str(result), json.dumps(TINY)],
-        cwd=folder,
-        capture_output=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-B", "-I", "-c", DRIVER, str(result), json.dumps(TINY)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     return {**json.loads(result.read_text()), "folder": folder, "out": done.stdout.decode("ascii")}
 
 
-def test_the_five_files_run_in_an_empty_folder_and_enter_no_function_of_the_project_outside(quick):
-    """Nothing of experiments/ is imported; and nothing is written there."""
+def test_the_five_files_run_in_an_empty_folder_and_leave_nothing_there(quick):
+    """Nothing of experiments/ is imported, which may well be installed."""
     assert quick["code"] == 0 and quick["experiments"] == []
-    assert set(quick["files"]) <= set(BOOK) and "train_toy.py" in quick["files"]
     assert sorted(path.name for path in quick["folder"].iterdir()) == sorted(BOOK)
-
-
-def test_no_file_of_the_book_imports_anything_of_the_project_but_the_book():
-    allowed = {"torch", "tqdm", "tiktoken"} | {Path(name).stem for name in BOOK} | set(sys.stdlib_module_names)
-    for name in BOOK:
-        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert all(m.split(".")[0] in allowed | {"matplotlib"} for m in modules), (name, modules)
 
 
 def test_what_a_run_prints_is_a_screen_of_80_ascii_columns(quick):
@@ -223,9 +201,8 @@ def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():
     task, sft = Addition(1), SFTConfig((Stage(3, lr=1e-2),), rows=4)
     model, same = (make_start(task, 0, sft, n_layer=1, n_embd=8) for _ in range(2))
     assert len(model.body.blocks) == 1 and model.classifier.in_features == 8
-    fresh = minicfrl.nn.Linear(8, task.vocab_size, bias=False)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(model.classifier.weight, fresh.weight)
+    assert all((p != 0).any() for p in model.parameters())  # a start that is not trained has biases of 0
 
 
 def test_held_out_questions_are_never_training_questions():
@@ -287,25 +264,18 @@ def test_a_picture_is_written_and_nothing_else(tiny, tmp_path, monkeypatch):
         (["--plot", "nowhere/at/all.png"], "all.png is no .png in a folder"),
         (["--arms", "rl"], "unrecognized arguments"),
         (["two\nlines"], "unrecognized arguments: two lines"),
+        (["--plot", "curves.png"], "matplotlib"),  # which is missing
     ],
 )
 def test_a_bad_argument_ends_in_one_sentence_before_any_work(flags, fault, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_toy, "make_start", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stopped:
         main(["--digits", "1", *flags])
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and fault in printed.err
     assert not list(tmp_path.iterdir())
-
-
-def test_where_matplotlib_is_missing_a_picture_is_refused_before_any_work(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(train_toy, "make_start", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["--plot", str(tmp_path / "curves.png")])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "matplotlib" in printed.err
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupted
@@ -335,37 +305,6 @@ def test_ctrl_c_tells_what_is_finished(finished, tiny, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert rows(printed) == names
     assert "Interrupted" in printed and "on this seed" not in printed
-
-
-STARTED = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-STARTED += "runpy.run_path('train_toy.py', run_name='__main__')"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
-def test_a_real_ctrl_c_ends_the_program_without_a_traceback():
-    """Sent when the first progress bar is there. Python handles it by itself, unless a shell in the background has
-    SIGINT ignored: hence `signal`."""
-    import fcntl
-    import termios
-
-    terminal, its_end = os.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # without a width there is no bar
-    command = [sys.executable, "-c", STARTED]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=its_end, text=True) as process:
-        os.close(its_end)
-        try:
-            seen = b""
-            while b"start" not in seen:
-                seen += os.read(terminal, 1000)
-            process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
-            with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
-                while more := os.read(terminal, 1000):
-                    seen += more
-        finally:
-            process.kill()
-            os.close(terminal)
-    assert process.returncode == 130 and "Interrupted" in out and b"Traceback" not in seen
 
 
 def test_the_caller_s_process_is_left_as_it_was(tiny, monkeypatch):

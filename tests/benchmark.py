@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from minicfrl import Addition, RLConfig, SFTConfig, Stage, rollout, supervised_finetune, train_rl  # noqa: E402
 from model import GPT, GPTConfig, sample  # noqa: E402
-from ntk import empirical_ntk, gradient_by_definition, logit_change  # noqa: E402
+from ntk import empirical_ntk, gradient_by_definition  # noqa: E402
 
 
 def medians(rounds, **functions):
@@ -74,7 +74,7 @@ def update_costs(prompts=32, samples=8):
 
 
 def kernel_costs():
-    """The exact kernel against its definition, both in float32; and `logit_change` against forward passes."""
+    """The exact kernel against its definition, both in float32."""
     draws = torch.Generator().manual_seed(0)
     for N in (4, 8):
         model = GPT(GPTConfig(64, 16, n_layer=2, n_embd=64), draws)
@@ -86,12 +86,6 @@ def kernel_costs():
         )
         print(f"the kernel of {N} states, V = d = 64: {cost['fast']:.2f} s, by its definition", end=" ")
         print(f"{cost['definition']:.2f} s, x {cost['definition'] / cost['fast']:.1f}")
-    tokens = torch.randint(64, (256, 16), generator=draws)
-    update = {name: 1e-3 * torch.randn_like(parameter) for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        change = lambda: logit_change(model, tokens, torch.ones_like(tokens, dtype=torch.bool), update)  # noqa: E731
-        cost = medians(5, forward=lambda: model(tokens), change=change)
-    print(f"logit_change, 256 rows: {cost['change'] / cost['forward']:.1f} forward passes")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """Who teaches whom (E10): against the kernel itself, against autograd token by token, and what is refused. That its
 column sums are what a step does is a claim of test_one_update.py."""
 
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Policy, batches, seeds, vectors
+from strategies import Policy, batches, vectors
 from tiny import ROUNDING, random_batch, tiny_gpt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast_ntk
-from minicfrl import sequence_logp
 from model import residuals
 from ntk import empirical_ntk, influence
 
@@ -31,57 +29,16 @@ def assert_equal(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@given(batch=batches(rows=(1, 3)))
-def test_influence_is_the_kernel_between_residuals(batch):
+@given(batch=batches(rows=(1, 3)), block=st.integers(1, 20), tile=tiles)
+def test_influence_is_the_kernel_between_residuals_whatever_the_block_and_the_tile(batch, block, tile):
     """Entry by entry A_i r_j^T K(x_j, x_i) r_i, with K from empirical_ntk, which never forms a token's gradient."""
     kernel = empirical_ntk(batch.model, batch.tokens, batch.states)
     row, t = batch.states.nonzero(as_tuple=True)
     r = residuals(batch.model(batch.tokens)[batch.states].detach(), batch.tokens[row, t + 1])
     R = torch.einsum("jv,ji,iv,i->ij", r, kernel.representation, r, batch.A[row])
-    assert_equal(influence_of(batch), (R, torch.einsum("jv,jviw,iw,i->ij", r, kernel.gradient, r, batch.A[row])))
-
-
-class Bag(nn.Module):
-    """No GPT: the mean of the tokens so far, positions of one row for all, an RMS norm, and no attention."""
-
-    def __init__(self, vocab_size, d):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, d), nn.Embedding(9, d)
-        self.norm, self.linear, self.last = nn.RMSNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d, bias=False)
-        nn.init.normal_(self.norm.weight)
-
-    def forward(self, tokens):
-        T = tokens.size(1)
-        x = (self.tokens(tokens) + self.positions(torch.arange(T))).cumsum(dim=1) / torch.arange(1, T + 1)[:, None]
-        return x + self.last(torch.tanh(self.linear(self.norm(x))))
-
-
-class OtherModel(nn.Module):
-    def __init__(self, vocab_size, d=6):
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.body, self.classifier = Bag(vocab_size, d), nn.Linear(d, vocab_size, bias=False)
-
-    def features(self, tokens):
-        return self.body(tokens)
-
-    def forward(self, tokens):
-        return self.classifier(self.features(tokens))
-
-
-@given(batch=batches(), seed=seeds, block=st.integers(1, 20), tile=tiles)
-def test_influence_is_the_inner_product_of_any_body_s_gradients_token_by_token(batch, seed, block, tile):
-    """Against one autograd.grad per token, on a body that is no GPT, whatever the block and the tile."""
-    torch.manual_seed(seed)
-    model = OtherModel(batch.policy.V)
-    row, t = batch.states.nonzero(as_tuple=True)
-    logp, parts = sequence_logp(model, batch.tokens)[row, t], []
-    for parameters in (list(model.classifier.parameters()), list(model.body.parameters())):
-        gradients = [torch.autograd.grad(each, parameters, retain_graph=True) for each in logp]
-        J = torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in gradients])
-        parts.append(batch.A[row, None] * (J @ J.T))
     with tile:
-        assert_equal(influence(model, batch.tokens, batch.states, batch.A, block), parts)
+        parts = influence_of(batch, block)
+    assert_equal(parts, (R, torch.einsum("jv,jviw,iw,i->ij", r, kernel.gradient, r, batch.A[row])))
 
 
 class Largest(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import policies, seeds
-from tiny import ROUNDING, TinyTask, generator, tiny_gpt
+from tiny import Letters, TinyTask, generator, tiny_gpt
 from torch import nn
 
 from minicfrl import (
@@ -177,59 +177,7 @@ def test_a_compiled_policy_trains_as_the_policy_in_it(trains):
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
-class Letters:
-    """Four questions, answered by repeating their letter once or twice: another alphabet than the book's, the end token
-    first. Prompts can be of unequal lengths, and texts can have a begin token."""
-
-    alphabet, end_token, vocab_size, block_size = "wxyz?", 0, 7, 8
-    begin_token = 6
-
-    def __init__(self, patterns="12", begins=False, lengths=(1, 1, 1, 1)):
-        self.patterns, self.begins, self.lengths = patterns, begins, lengths
-        self.train_pairs = self.heldout_pairs = torch.tensor([[0, 0], [1, 0], [2, 0], [3, 0]])
-
-    def prompt(self, a, b):
-        return self.alphabet[a] * self.lengths[a] + "?"
-
-    def encode(self, text):
-        return [self.begin_token] * self.begins + [1 + self.alphabet.index(letter) for letter in text]
-
-    def decode(self, tokens):
-        return "".join("_" if token == self.begin_token else self.alphabet[token - 1] for token in tokens)
-
-    def verify(self, prompt, response):
-        return float(prompt[0] in response)
-
-    def demonstration(self, a, b, pattern, noise=0.0, generator=None):
-        return self.alphabet[a] * (1 + self.patterns.index(pattern) % 2)
-
-
 LENGTHS = st.tuples(*[st.integers(1, 3)] * 4)
-
-
-class LastLogits(GPT):
-    """Returns the logits of the last positions alone, from the prompts' last one on."""
-
-    prompt = 1
-
-    def forward(self, tokens):
-        return super().forward(tokens)[:, self.prompt - 1 :]
-
-
-@given(seed=seeds, length=st.integers(1, 3), begins=st.booleans())
-def test_log_probabilities_stand_at_their_tokens_whatever_the_prompts_length(seed, length, begins):
-    """As sampled, and scored again by a policy that returns all logits and by one that returns the last ones alone."""
-    task = Letters(begins=begins, lengths=(length,) * 4)
-    model = tiny_gpt(seed, task.vocab_size, task.block_size)
-    batch = rollout(model, task, [task.prompt(1, 0), task.prompt(2, 0)], 3, generator(seed))
-    short = LastLogits(model.config)
-    short.prompt = length + 1 + begins
-    short.load_state_dict(model.state_dict())
-    whole, last, chosen = sequence_logp(model, batch.tokens), sequence_logp(short, batch.tokens), batch.mask[:, 1:]
-    assert batch.logp.shape == whole.shape == last.shape == chosen.shape
-    for logp in (batch.logp, last):
-        torch.testing.assert_close(logp[chosen], whole[chosen], rtol=0, atol=100 * ROUNDING)
-        assert not logp[:, : short.prompt - 1].any()
 
 
 @given(seed=seeds, begins=st.booleans(), lengths=LENGTHS, patterns=st.sampled_from(["1", "12", "1234"]))

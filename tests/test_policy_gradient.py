@@ -167,6 +167,15 @@ def test_the_loss_does_not_depend_on_padding(batch, data):
 
 
 @given(batch=batches(), data=st.data())
+def test_a_policy_that_returns_the_last_logits_alone_scores_their_tokens_as_one_that_returns_all(batch, data):
+    """And no others."""
+    whole, first = sequence_logp(batch.model, batch.tokens), data.draw(st.integers(0, batch.prompt - 1))
+    batch.model.forward = lambda tokens: type(batch.model).forward(batch.model, tokens)[:, first:]
+    last = sequence_logp(batch.model, batch.tokens)
+    assert torch.equal(last[:, first:], whole[:, first:]) and not last[:, :first].any()
+
+
+@given(batch=batches(), data=st.data())
 def test_the_batch_twice_or_in_another_order_has_the_same_gradient(batch, data):
     """N doubles as the sum does, and a sum has no order. (A mean over responses would do as well: the cuts below tell
     the two apart.)"""

@@ -205,14 +205,6 @@ def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():
     assert all((p != 0).any() for p in model.parameters())  # a start that is not trained has biases of 0
 
 
-def test_held_out_questions_are_never_training_questions():
-    """What is measured asks the first held-out pairs, each in all its samples."""
-    task = Addition(1)
-    batch = held_out(tiny_gpt(0, task.vocab_size, task.block_size), task, 0, 5)
-    asked = [task.operands(task.decode(row[:4].tolist())) for row in batch.tokens]
-    assert asked == [tuple(pair) for pair in task.heldout_pairs[:5].tolist() for _ in range(8)]
-
-
 # --------------------------------------------------------------------------------------------------------------- asking
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import zlib
 
 import torch
 from hypothesis import strategies as st
@@ -99,6 +100,34 @@ class TinyTask:
 
     def answer(self, response):
         return response
+
+
+class Letters:
+    """Four questions, demonstrated by repeating their letter once or twice: another alphabet than the book's, the end
+    token first. Prompts can be of unequal lengths, and texts can have a begin token. What a response earns depends on
+    its prompt, and is often 0."""
+
+    alphabet, end_token, vocab_size, block_size = "wxyz?", 0, 7, 8
+    begin_token = 6
+
+    def __init__(self, patterns="12", begins=False, lengths=(1, 1, 1, 1)):
+        self.patterns, self.begins, self.lengths = patterns, begins, lengths
+        self.train_pairs = self.heldout_pairs = torch.tensor([[0, 0], [1, 0], [2, 0], [3, 0]])
+
+    def prompt(self, a, b):
+        return self.alphabet[a] * self.lengths[a] + "?"
+
+    def encode(self, text):
+        return [self.begin_token] * self.begins + [1 + self.alphabet.index(letter) for letter in text]
+
+    def decode(self, tokens):
+        return "".join("_" if token == self.begin_token else self.alphabet[token - 1] for token in tokens)
+
+    def verify(self, prompt, response):
+        return zlib.crc32(f"{prompt} {response}".encode()) % 7 / 7
+
+    def demonstration(self, a, b, pattern, noise=0.0, generator=None):
+        return self.alphabet[a] * (1 + self.patterns.index(pattern) % 2)
 
 
 def every_response(prompt=0, vocab_size=3, end_token=2, length=2):

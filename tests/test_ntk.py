@@ -356,7 +356,6 @@ def every_call(model, tokens, mask):
     """All that differentiates a body, each as a function without arguments."""
     return (
         lambda: empirical_ntk(model, tokens, mask),
-        lambda: empirical_ntk(tiny_gpt(0), tokens, mask, tokens, mask) and empirical_ntk(model, tokens, mask),
         lambda: logit_change(model, tokens, mask, {}),
         lambda: influence(model, tokens, mask & (torch.arange(mask.size(1)) < 3), torch.ones(len(tokens))),
     )

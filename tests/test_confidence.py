@@ -144,6 +144,16 @@ def test_when_all_samples_push_with_positive_weight_a_sampled_token_is_pushed_mo
     assert pushed.argmax().item() in sampled
 
 
+@given(own=logits(states=2, bound=40.0), c=steps)
+def test_a_centred_group_pushes_with_positive_weights_where_an_inner_product_is_negative(own, c):
+    """Advantages (1, -1) and inner products (c, -c) make both weights c, as advantages (1, 1) and (c, c) would. With
+    inner products that are all positive a centred group has a negative weight, or none at all."""
+    y, at = [0, own.size(1) - 1], torch.tensor([c])
+    pushed = sgd_push(own, y, torch.tensor([[1.0], [-1.0]]), (1.0, -1.0), at)
+    assert torch.equal(pushed, sgd_push(own, y, torch.tensor([[1.0], [1.0]]), (1.0, 1.0), at))
+    assert pushed.argmax().item() in y
+
+
 @given(batch=batches())
 def test_if_all_features_are_equal_a_centred_batch_shifts_all_logits_alike_by_the_advantages_sum(batch):
     """The limit that does occur: equal features make one policy pi everywhere, and a group baseline makes sum A = 0, so

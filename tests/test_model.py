@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from profiles import dear
 from strategies import policies, seeds
 from tiny import ROUNDING, generator, tiny_gpt
 
@@ -133,7 +132,6 @@ def test_sampling_frequencies_match_the_policy():
     assert ((frequencies - probabilities).abs() < 5 * (probabilities / len(tokens)).sqrt()).all()
 
 
-@dear
 @given(drawn=policies_and_tokens(rows=(1, 1)))
 def test_the_forward_pass_is_gpt_2_s(drawn):
     """Written out once more for one row, head by head and position by position, from the definition of GPT-2. A

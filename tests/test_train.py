@@ -205,8 +205,8 @@ TestStages.settings = settings(stateful_step_count=10)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-@pytest.mark.parametrize("stages", [[(2, "classifier"), (2, "all")], [(1, "all"), (1, "all"), (2, "all")]])
-def test_the_stages_of_cf_rl_and_three_alike_are_runs_of_their_own(tuned, stages):
+@pytest.mark.parametrize("stages", [[(2, "classifier"), (2, "body"), (1, "all")], [(1, "all"), (2, "all")]])
+def test_w_alone_then_the_rest_and_two_stages_alike_are_runs_of_their_own(tuned, stages):
     """Two pasts that must never be left out, written as hypothesis prints them."""
     state = Stages()
     state.start(seed=0)

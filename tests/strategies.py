@@ -2,9 +2,11 @@
 
 Three rules. What a claim is about is drawn as data (shapes, lengths, tokens, advantages), so that hypothesis can shrink
 it; a seed draws weights alone, because a smaller weight is no simpler. What is invalid is never made, so nothing is
-thrown away: lengths come first, and masks from them; a lead comes first, and the likeliest token from it. And what is
-drawn prints as the call that makes it again. Let (E3) divide each part of a batch by its own count of tokens, and
-hypothesis finds two responses of one token, one of them with an advantage, and a cut between them:
+thrown away: lengths come first, and masks from them; a lead comes first, and the likeliest token from it. And a Batch
+or a Policy prints as the call that makes it again. (A tensor prints four digits, so that a small lead looks like a tie;
+the line with @reproduce_failure is exact.) Let `policy_gradient_loss` (E3) divide each part of a batch by its own count
+of tokens, and hypothesis finds two responses of one token, one of them with an advantage, and a cut between them. It
+prints, here shortened:
 
     Failing test case: test_the_gradient_does_not_depend_on_the_micro_batch_split(
         batch=Batch(policy=Policy(V=2, T=4, layers=1, heads=1, d=4, tied=False, seed=0),
@@ -25,7 +27,7 @@ from tiny import seeds, tiny_gpt
 
 numbers = st.floats(-4, 4, width=32, allow_subnormal=False)
 one_advantage = st.sampled_from((0.0, 1.0, -1.0)) | numbers
-steps = st.floats(1e-3, 10)  # sizes of a step of gradient descent
+steps = st.floats(1e-3, 10)  # positive weights c of a push: step size times advantage times inner product
 
 
 def vectors(size, elements=numbers):
@@ -128,8 +130,9 @@ class Batch:
 
 @st.composite
 def batches(draw, rows=(1, 6), longest=3, advantages=one_advantage):
-    """One to six ragged responses of one to three tokens, after prompts of one to three. Advantages are often 0, or
-    equal, or all of them; then nothing is learned, and a claim must hold there too."""
+    """One to six ragged responses of one to three tokens, after prompts of one to three. Often some
+    advantages are 0, often all are equal, and sometimes all are 0. Then nothing is learned, and a claim must hold there
+    too."""
     prompt = draw(st.integers(1, 3))
     policy = draw(policies(T=prompt + longest))
     response = st.lists(st.integers(0, policy.V - 1), min_size=1, max_size=longest).map(tuple)
@@ -145,12 +148,14 @@ def batches(draw, rows=(1, 6), longest=3, advantages=one_advantage):
 def rewards(draw, groups=(1, 4), samples=(1, 8)):
     """(P, S): groups of equal rewards, of two values, of any eighths, and of other magnitudes side by side. Sums of
     eighths are exact, and so is a scale that is a power of two: what differs then is no rounding."""
-    P, S = draw(st.integers(*groups)), draw(st.integers(*samples))
+    least, most = samples
     eighths = st.integers(-80, 80).map(lambda n: n / 8)
-    group = st.one_of(*(st.lists(one, min_size=S, max_size=S) for one in (st.sampled_from((0.0, 1.0)), eighths)))
-    group = eighths.map(lambda reward: [reward] * S) | group
+    group = st.one_of(*(st.lists(one, min_size=least, max_size=most) for one in (st.sampled_from((0.0, 1.0)), eighths)))
+    group = eighths.map(lambda reward: [reward] * most) | group
     scale = st.sampled_from((1.0, 2.0**-30, 2.0**30))
-    return torch.stack([torch.tensor(draw(group), dtype=torch.float64) * draw(scale) for _ in range(P)])
+    drawn = draw(st.lists(st.tuples(group, scale), min_size=groups[0], max_size=groups[1]))
+    S = min(len(group) for group, _ in drawn)  # all are cut to the shortest, so that each shrinks by itself
+    return torch.stack([torch.tensor(group[:S], dtype=torch.float64) * unit for group, unit in drawn])
 
 
 @st.composite

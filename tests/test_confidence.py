@@ -1,11 +1,12 @@
 """When does a step raise confidence? What is true, with its proof, and what is not, with its counter-example.
 
 One sampled token y with advantage A, at a state with policy pi_i, moves the logits of a state x with policy pi by c g
-through the representation component, where g = e_y - pi_i and c = eta A <phi(x), phi_i>. S_a = pi_a (log pi_a + H).
+through the representation component, where g = e_y - pi_i and c = eta A <phi(x), phi_i>. H is the entropy of pi, and
+S_a stands for pi_a (log pi_a + H); the S_a add up to 0.
 
-What is said to be strict is so in real numbers everywhere, and in float64 for logits within +-5, or with a lead of at
-most 5. Near certainty 1 - pi(y) rounds to 0: there, at +-40, the same holds but for rounding, as one test says.
-"""
+In real numbers every strict inequality here is strict everywhere. In float64 it is strict for logits within +-5, and
+where the likeliest token leads by at most 5. Near certainty 1 - pi(y) rounds to 0: there, at +-40, the same holds but
+for rounding, as one test says."""
 
 import itertools
 import math
@@ -84,7 +85,7 @@ def test_one_sample_at_its_own_state_changes_entropy_and_top_1_probability_by_th
 
 @given(logits=logits(bound=40.0), data=st.data(), shift=st.floats(-100, 100))
 def test_a_common_shift_of_the_logits_or_of_their_change_does_nothing(logits, data, shift):
-    """d log pi = (I - 1 pi^T) df, hence E_pi[d log pi] = 0: probability only moves from token to token."""
+    """d log pi = (I - 1 pi^T) df, and (I - 1 pi^T) 1 = 0: a common shift leaves pi and its change as they are."""
     dlogits, rounding = data.draw(vectors(len(logits))), ROUNDING * (1 + abs(shift))
     for change in (d_entropy, d_confidence):
         assert change(logits, dlogits + shift) == pytest.approx(change(logits, dlogits), abs=rounding)
@@ -112,8 +113,8 @@ def test_a_positive_inner_product_pushes_the_sampled_token_most(drawn, c):
 
 @given(drawn=logits_and_token(bound=40.0), c=steps)
 def test_a_negative_inner_product_pushes_the_sampled_token_least_and_the_likeliest_other_most(drawn, c):
-    """c < 0: of the others, -c pi_i(j) is largest where pi_i is. What was likely gains from what it is not about. At
-    c = 0 nothing moves, so that all tie: "nonnegative" is not enough for the proposition."""
+    """c < 0: of the others, -c pi_i(j) is largest where pi_i is. So such a sample helps the likely tokens that were not
+    sampled. At c = 0 nothing moves, so that all tie: "nonnegative" is not enough for the proposition."""
     logits, y = drawn
     pushed, pi = push(logits, y, -c), logits.softmax(dim=0)
     assert pushed.argmin() == y and (pushed == pushed.min()).sum() == 1
@@ -136,7 +137,8 @@ def test_a_positive_inner_product_raises_the_sampled_token_at_every_state_and_at
 
 @given(own=logits(states=3, bound=40.0), data=st.data())
 def test_when_all_samples_push_with_positive_weight_a_sampled_token_is_pushed_most(own, data):
-    """An unsampled token gets -sum c_i pi_i < 0, while the pushes add up to 0: the largest is not its."""
+    """An unsampled token gets -sum c_i pi_i < 0, while the pushes add up to 0: so the largest push is not on an
+    unsampled token."""
     sampled = data.draw(st.lists(st.integers(0, own.size(1) - 1), min_size=3, max_size=3))
     positive = st.floats(1e-3, 4)
     weights, phi, at = (data.draw(vectors(n, positive)) for n in (3, 12, 4))  # all inner products are positive
@@ -157,8 +159,9 @@ def test_a_centred_group_pushes_with_positive_weights_where_an_inner_product_is_
 @given(batch=batches())
 def test_if_all_features_are_equal_a_centred_batch_shifts_all_logits_alike_by_the_advantages_sum(batch):
     """The limit that does occur: equal features make one policy pi everywhere, and a group baseline makes sum A = 0, so
-    sum_i A_i (e_{y_i} - pi) = sum_i A_i e_{y_i}. Every state's logits move by that times |phi|^2: RL is then a bandit
-    without context, whatever the policy is, and the token whose advantages have the largest sum is pushed most."""
+    sum_i A_i (e_{y_i} - pi) = sum_i A_i e_{y_i}. Every state's logits move by that times |phi|^2 / N (phi is the final
+    norm's bias): RL is then a bandit without context, whatever the policy is, and the token whose advantages have the
+    largest sum is pushed most."""
     model, tokens = batch.model, batch.tokens
     with torch.no_grad():
         model.body.norm.weight.zero_()
@@ -199,13 +202,14 @@ def test_through_the_gradient_component_another_token_can_be_pushed_most():
 @given(drawn=led_logits(), data=st.data(), c=steps)
 def test_a_sample_of_the_likeliest_token_lowers_entropy_at_every_state_where_it_is_likeliest(drawn, data, c):
     """c > 0, y = argmax pi(x), any pi_i. dH = c (sum_j pi_i(j) S_j - S_y), and S_y is the maximum of S: where
-    log pi_a + H < 0 S is negative, and elsewhere it is a product of two factors that grow with pi_a. At any step size:
-    y stays likeliest all along the way, and the proof never uses pi_i. At its own state top-1 rises too."""
+    log pi_a + H < 0 S is negative, and elsewhere it is a product of two factors that grow with pi_a. It holds at
+    any step size, because y stays the likeliest on the whole way; and for any pi_i. Top-1 is pi(y) there, which rises.
+    """
     at, y, _ = drawn
     g = push(data.draw(logits(V=(len(at), len(at)))), y, c)
     assert d_entropy(at, g) < 0
     assert entropy(at + g) < entropy(at)
-    assert d_confidence(at, push(at, y, c)) > 0
+    assert d_confidence(at, g) > 0
 
 
 @given(drawn=led_logits(), c=steps)
@@ -221,13 +225,13 @@ def test_a_sample_of_any_other_token_lowers_the_old_top_1_probability_at_any_ste
 
 @given(drawn=led_logits(bound=40.0, least=2.0**-30), c=steps)
 def test_near_certainty_and_near_ties_nothing_above_fails_by_more_than_rounding(drawn, c):
-    """At +-40, and with a lead of 1e-9: c g is exact to an eps, and moving the logits by an eps moves the logarithm of
-    a probability by at most two, an entropy by at most 80."""
+    """The logits reach from -40 to 80, and a lead can be 1e-9. c g is exact to an eps. To move the logits by an eps
+    moves the logarithm of a probability by at most two, and an entropy by at most E|log pi + H| <= 2 H <= 2 log V."""
     logits, m, y = drawn
     for token in (m, y):
         g = push(logits, token, c)
         assert (logits + g).log_softmax(dim=0)[token] >= logits.log_softmax(dim=0)[token] - ROUNDING
-        assert d_entropy(logits, push(logits, m, c)) <= ROUNDING
+    assert d_entropy(logits, push(logits, m, c)) <= ROUNDING
     assert entropy(logits + push(logits, m, c)) <= entropy(logits) + ROUNDING
     assert d_confidence(logits, push(logits, m, c)) >= -ROUNDING
     assert (logits + g).log_softmax(dim=0)[m] <= logits.log_softmax(dim=0)[m] + ROUNDING
@@ -262,10 +266,10 @@ def expected_steps(logits, advantages):
 
 @given(logits=logits(bound=40.0), data=st.data())
 def test_advantages_that_grow_with_probability_lower_entropy_on_average(logits, data):
-    """Natural: dH = -Cov(log pi, A) <= 0 by Chebyshev's sum inequality. Vanilla: A is a constant plus multiples of
-    indicators of top sets C, and for one of them -dH = P (1-P) (E[S|C] - E[S|not C]), P = pi(C). If some a in C has
-    log pi_a + H < 0, then so has all of the rest: S < 0 there, E S >= 0 in all, so E[S|C] >= 0. If none has, S grows
-    with pi on C and is smaller outside."""
+    """Natural: dH = -Cov(log pi, A) <= 0 by Chebyshev's sum inequality. Vanilla: A is a constant plus nonnegative
+    multiples of indicators of top sets C, and for one of them -dH = P (1-P) (E[S|C] - E[S|not C]), P = pi(C). If some a
+    in C has log pi_a + H < 0, then this holds for every token outside C: S < 0 there, and E S = Cov(pi, log pi) >= 0,
+    so that E[S|C] >= 0. If none has, S grows with pi on C and is smaller outside."""
     values, rank = logits.unique(return_inverse=True)  # ties in pi are ties in A
     growth = data.draw(vectors(len(values), st.sampled_from((0.0, 1.0)) | st.floats(0, 4)))
     for df in expected_steps(logits, growth.cumsum(dim=0)[rank]):
@@ -274,7 +278,8 @@ def test_advantages_that_grow_with_probability_lower_entropy_on_average(logits, 
 
 @given(logits=logits(bound=40.0), data=st.data())
 def test_if_the_likeliest_token_is_also_the_best_its_probability_does_not_fall_on_average(logits, data):
-    """sum_a pi_a [pi_a (A_a - E A)] <= max_a pi_a (A_a - E A) = pi_m (A_m - E A), which is m's own push."""
+    """Vanilla: sum_a pi_a [pi_a (A_a - E A)] <= max_a pi_a (A_a - E A) = pi_m (A_m - E A), which is m's own push.
+    Natural: E A <= A_m."""
     advantages = data.draw(vectors(len(logits)))
     advantages[logits.argmax()] = advantages.max()
     for df in expected_steps(logits, advantages):
@@ -282,6 +287,7 @@ def test_if_the_likeliest_token_is_also_the_best_its_probability_does_not_fall_o
 
 
 def test_rewarding_only_the_least_likely_token_raises_entropy():
+    """The counter-example to "advantages always sharpen": they must not fall with probability."""
     logits = policy(0.6, 0.3, 0.1)
     for df in expected_steps(logits, torch.tensor([0.0, 0.0, 1.0])):
         assert d_entropy(logits, df) > 0
@@ -322,9 +328,9 @@ features = vectors(3, st.builds(lambda size, sign: size * sign, st.floats(0.5, 2
 
 @given(drawn=led_logits(), phi=features)
 def test_adam_s_first_step_lowers_entropy_on_average_even_under_a_constant_reward(drawn, phi):
-    """One sample, no baseline. It is a sign step: dW = lr sign(g) sign(phi)^T, so df = lr |phi|_1 (2 e_y - 1), and the
-    mean over y ~ pi of dH is -2 lr |phi|_1 E_pi S < 0 unless pi is uniform, as E_pi S = Cov(pi, log pi). SGD's mean is
-    0, and a group baseline takes the whole step away."""
+    """One sample, no baseline. It is a sign step: dW = lr sign(g) sign(phi)^T, so df = lr |phi|_1 (2 e_y - 1), and, as
+    the S_a add up to 0, the mean over y ~ pi of dH is -2 lr |phi|_1 E_pi S < 0 unless pi is uniform, as E_pi S =
+    Cov(pi, log pi). SGD's mean is 0, and a group baseline takes the whole step away."""
     logits, _, _ = drawn
 
     def mean_change(optimizer_class):

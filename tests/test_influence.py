@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Policy, batches, vectors
-from tiny import ROUNDING, random_batch, tiny_gpt
-from torch import nn
+from strategies import Batch, Policy, batches, vectors
+from tiny import ROUNDING
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast_ntk
@@ -56,14 +55,13 @@ class Largest(TorchDispatchMode):
 
 def test_influence_never_holds_all_tokens_gradients():
     """Nothing is near as many numbers as N tokens' gradients have, and less with smaller blocks."""
-    model, tokens, mask, advantages = random_batch(0, rows=16, length=4, model=tiny_gpt(0, 5, 6, 1, 1, 32))
-    states, largest = nn.functional.pad(mask[:, 1:], (0, 1)), []
-    N, parameters = int(states.sum()), sum(p.numel() for p in model.body.parameters())
+    batch, largest = Batch(Policy(V=5, d=32), 2, ((0, 1, 2, 3),) * 16, (1.0,) * 16), []
+    numbers = int(batch.states.sum()) * sum(p.numel() for p in batch.model.body.parameters())
     for block in (32, 8):
         with Largest() as seen:
-            influence(model, tokens, states, advantages, block)
+            influence_of(batch, block)
         largest.append(seen.numbers)
-    assert largest[0] < N * parameters / 8 and largest[1] < N * parameters / 16
+    assert largest[0] < numbers / 8 and largest[1] < numbers / 16
 
 
 @given(batch=batches())

@@ -20,10 +20,11 @@ def generator(seed):
 
 def tiny_gpt(seed, vocab_size=5, block_size=6, n_layer=2, n_head=2, n_embd=8):
     """A random policy with weights large enough that no probability is near uniform."""
-    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd), generator(seed))
+    draws = generator(seed)  # one for all parameters: else the embedding and W would be nearly the same
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd), draws)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator(seed))
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draws)
     return model
 
 

@@ -57,7 +57,6 @@ def update_costs(prompts=32, samples=8):
         15,
         sample=lambda: sample(model, start, room, task.end_token, draws, samples),
         without_cache=lambda: sample_without_cache(model, rows, room, draws),
-        rollout=lambda: rollout(model, task, questions, samples, draws),
         everything=update("all"),
         W_alone=update("classifier"),
         matrix=lambda: matrix @ matrix,
@@ -67,10 +66,7 @@ def update_costs(prompts=32, samples=8):
     floor = 8 * sum(p.numel() for p in model.parameters()) * tokens * cost["matrix"] / (2 * 1024**3)
     print(f"an update of {prompts} x {samples} samples: {1e3 * cost['everything']:.0f} ms,", end=" ")
     print(f"{cost['everything'] / floor:.1f} x its matrix products alone; of W alone {1e3 * cost['W_alone']:.0f} ms")
-    print(
-        f"  sampling {1e3 * cost['sample']:.0f} ms, without the cache x {cost['without_cache'] / cost['sample']:.1f};"
-    )
-    print(f"  decoding and verifying {1e3 * (cost['rollout'] - cost['sample']):.0f} ms")
+    print(f"  sampling {1e3 * cost['sample']:.0f} ms, without the cache x {cost['without_cache'] / cost['sample']:.1f}")
 
 
 def kernel_costs():

@@ -130,9 +130,9 @@ def test_a_positive_inner_product_raises_the_sampled_token_at_every_state_and_at
     c (1 - pi_i(y)) (1 - pi(y))."""
     (own, other), y = drawn
     pi_i, pi = own.softmax(dim=0), other.softmax(dim=0)
-    g = push(own, y, c)
-    assert (other + g).log_softmax(dim=0)[y] > other.log_softmax(dim=0)[y]
-    assert g[y] - pi @ g >= c * (1 - pi_i[y]) * (1 - pi[y]) - ROUNDING
+    cg = push(own, y, c)
+    assert (other + cg).log_softmax(dim=0)[y] > other.log_softmax(dim=0)[y]
+    assert cg[y] - pi @ cg >= c * (1 - pi_i[y]) * (1 - pi[y]) - ROUNDING
 
 
 @given(own=logits(states=3, bound=40.0), data=st.data())
@@ -206,10 +206,10 @@ def test_a_sample_of_the_likeliest_token_lowers_entropy_at_every_state_where_it_
     any step size, because y stays the likeliest on the whole way; and for any pi_i. Top-1 is pi(y) there, which rises.
     """
     at, y, _ = drawn
-    g = push(data.draw(logits(V=(len(at), len(at)))), y, c)
-    assert d_entropy(at, g) < 0
-    assert entropy(at + g) < entropy(at)
-    assert d_confidence(at, g) > 0
+    cg = push(data.draw(logits(V=(len(at), len(at)))), y, c)
+    assert d_entropy(at, cg) < 0
+    assert entropy(at + cg) < entropy(at)
+    assert d_confidence(at, cg) > 0
 
 
 @given(drawn=led_logits(), c=steps)
@@ -218,9 +218,9 @@ def test_a_sample_of_any_other_token_lowers_the_old_top_1_probability_at_any_ste
     as g_m - g_j = pi_j - pi_m <= 0. So there, to first order, top-1 rises if and only if the sampled token is the
     likeliest; a large step can make y the likeliest, and surer than m was."""
     logits, m, y = drawn
-    g = push(logits, y, c)
-    assert d_confidence(logits, g) < 0
-    assert (logits + g).log_softmax(dim=0)[m] < logits.log_softmax(dim=0)[m]
+    cg = push(logits, y, c)
+    assert d_confidence(logits, cg) < 0
+    assert (logits + cg).log_softmax(dim=0)[m] < logits.log_softmax(dim=0)[m]
 
 
 @given(drawn=led_logits(bound=40.0, least=2.0**-30), c=steps)
@@ -229,12 +229,12 @@ def test_near_certainty_and_near_ties_nothing_above_fails_by_more_than_rounding(
     moves the logarithm of a probability by at most two, and an entropy by at most E|log pi + H| <= 2 H <= 2 log V."""
     logits, m, y = drawn
     for token in (m, y):
-        g = push(logits, token, c)
-        assert (logits + g).log_softmax(dim=0)[token] >= logits.log_softmax(dim=0)[token] - ROUNDING
+        cg = push(logits, token, c)
+        assert (logits + cg).log_softmax(dim=0)[token] >= logits.log_softmax(dim=0)[token] - ROUNDING
     assert d_entropy(logits, push(logits, m, c)) <= ROUNDING
     assert entropy(logits + push(logits, m, c)) <= entropy(logits) + ROUNDING
     assert d_confidence(logits, push(logits, m, c)) >= -ROUNDING
-    assert (logits + g).log_softmax(dim=0)[m] <= logits.log_softmax(dim=0)[m] + ROUNDING
+    assert (logits + cg).log_softmax(dim=0)[m] <= logits.log_softmax(dim=0)[m] + ROUNDING
 
 
 def test_entropy_can_rise_though_every_advantage_and_every_inner_product_is_positive():

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -40,11 +41,15 @@ def locked(path, **how):
     saying what to do, where there can be none."""
     lock = FileLock(path.parent / "locks" / path.name, **how)
     try:
-        lock.acquire()
+        (path.parent / "locks").mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "flock")  # instead of a lock that would outlive a killed process
+            lock.acquire()
     except Timeout:
         raise
-    except OSError as error:
-        raise OSError(f"{path.parent} cannot be written and locked ({error}): choose another --out") from None
+    except (OSError, NotImplementedError, UserWarning) as error:
+        fault = error if isinstance(error, OSError) else "its file system has no locks"
+        raise OSError(f"{path.parent} cannot be written and locked ({fault}): choose another --out") from None
     try:
         yield
     finally:
@@ -62,11 +67,16 @@ def as_csv(rows, digits=6):
     return text.getvalue().encode()
 
 
-def read_csv(path):
-    """The rows, without what is nan."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file, quoting=csv.QUOTE_NONNUMERIC)
-        return [{key: value for key, value in row.items() if value == value} for row in rows]
+def read_csv(path, steps=None):
+    """The rows, without what is nan. ValueError, naming the file, if it is none of as_csv's, or lost its end, or has
+    not one row for each of these steps."""
+    with contextlib.suppress(ValueError, csv.Error):
+        *lines, end = path.read_text(encoding="utf-8").split("\n")
+        heading, *rows = csv.reader(lines, quoting=csv.QUOTE_NONNUMERIC)
+        rows = [{key: value for key, value in zip(heading, row, strict=True) if value == value} for row in rows]
+        if not end and (steps is None or [row.get("step") for row in rows] == steps):
+            return rows
+    raise ValueError(f"{path} is damaged: delete it, and a run makes it again")
 
 
 def record_of(x):
@@ -80,7 +90,6 @@ def open_run(out, x):
     file, record = out / "run.json", record_of(x)
     other = [name for name in (os.listdir(out) if out.exists() else ()) if not name.startswith(("locks", "run.json"))]
     check(file.exists() or not other, f"{out} holds no run: choose another --out")
-    (out / "locks").mkdir(parents=True, exist_ok=True)
     with locked(file):
         if not file.exists():
             write_whole(file, json.dumps(record, indent=1).encode())

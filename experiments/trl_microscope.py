@@ -16,7 +16,7 @@ class Microscope(TrainerCallback):
     """Logs, after every `every` updates, what they did on fixed states: entropy and top-1 probability, their change,
     and what the moves of W alone and of the body alone would have done (ntk.split_effect, by the exact split).
 
-    It costs one forward pass of the body over `tokens` per row, two when training begins, and a copy of W and of the
+    It costs one forward pass of the body over `tokens` per row, one when training begins, and a copy of W and of the
     features: what was after the last row is before this one. A small update moves less than bfloat16 can tell, so the
     pass is in float32 also where training is not; weights in bfloat16 are widened for it, all at once. (Attention that
     knows no float32, such as flash_attention_2, will not do.) The weights and the random numbers of the training are
@@ -61,16 +61,17 @@ class Microscope(TrainerCallback):
         return output.hidden_states[-1], output.logits
 
     def look(self):
-        """The features (N, d) and the classifier (V, d) as they are now: after a pass FSDP2 leaves the latter whole."""
-        phi, _ = self.passed(logits_to_keep=1)  # logits where they are fewest
-        W = self.trainer.model.get_output_embeddings().weight.detach()
+        """The features (N, d) and the classifier (V, d) as they are now: after a pass FSDP2 leaves the latter whole. Is
+        it still all that makes logits of features? An adapter starts at 0, and is seen later."""
+        model = self.trainer.model
+        phi, _ = check_linear(model, lambda: self.passed(logits_to_keep=1))  # logits where they are fewest
+        W = model.get_output_embeddings().weight.detach()
         return phi[self.mask.to(phi.device)], W.to(phi.dtype, copy=True)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        check_linear(model, self.passed)
         self.before = phi, _ = self.look()
-        if torch.finfo(phi.dtype).bits < 32:  # sharded weights have not been widened
-            raise ValueError(f"{type(model).__name__} is sharded in {phi.dtype}, too coarse to look at: use float32")
+        coarse = torch.finfo(phi.dtype).bits < 32  # sharded weights have not been widened
+        check(not coarse, f"{type(model).__name__} is sharded in {phi.dtype}, too coarse to look at: use float32")
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
@@ -88,12 +89,13 @@ class Microscope(TrainerCallback):
 
 
 @torch.no_grad()
-def check_linear(model, run) -> None:
+def check_linear(model, run):
     """ValueError unless the logits of a language model of transformers are W phi and nothing more, whatever their size.
 
-    `run()` passes some tokens through `model` and returns the last hidden states, phi, and the logits. One pass tells,
-    looked at where it meets W: is it phi that enters, does W phi leave, and is nothing done afterwards? To see that,
-    numbers of all sizes are put in the place of W phi: a soft cap changes only the large ones, which training brings.
+    `run()` passes some tokens through `model` and returns the last hidden states, phi, and the logits, of all positions
+    or of the last ones. So does this. One pass tells, looked at where it meets W: is it phi that enters, does W phi
+    leave, is nothing done afterwards, and does nothing but W learn there? Numbers of all sizes are put in the place of
+    W phi, because a soft cap changes only the large ones, which training brings.
     """
     head, met = model.get_output_embeddings(), []
 
@@ -113,11 +115,15 @@ def check_linear(model, run) -> None:
     finally:
         hook.remove()
     entered, linear, instead = met[-1] if met else (phi, False, logits)
-    same = entered.shape == phi.shape and torch.equal(entered.to(phi.dtype), phi)
+    last = phi[:, -entered.shape[1] :]
+    same = entered.shape == last.shape and torch.equal(entered.to(phi.dtype), last)
+    learning = [p for p in head.parameters() if p.requires_grad and p is not head.weight]
     for right, fault in (
         (getattr(head, "bias", None) is None, "the classifier has a bias"),
+        (not learning, "the classifier learns by more than W, as with an adapter"),
         (linear, "the classifier does not multiply by W alone"),
         (same, f"what enters the classifier is not the last hidden state, of shape {tuple(phi.shape)}"),
         (torch.equal(instead.to(logits), logits), "what leaves the classifier is changed, as by a scale or a soft cap"),
     ):
         check(right, f"the logits of {type(model).__name__} are not W phi: {fault}")
+    return phi, logits

@@ -22,11 +22,7 @@ DATA = Path(__file__).parent / "data"
 # the updates that they take, as a share of plain RL's: written down on 2026-11-26, before the runs that it judges.
 MARGIN, TIME_MARGIN = 0.02, 0.1
 STAGED = ("accuracy", "kernel_G_by_W")
-AVERAGED = {
-    "accuracy": "run",
-    "agreement_prompt": "agreement_prompt",
-    "agreement_continuation": "agreement_continuation",
-}
+AVERAGED = {"accuracy": "run"} | {name: name for name in ("agreement_prompt", "agreement_continuation")}
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
@@ -113,11 +109,11 @@ def scores_of(x, arm, rows, digits):
 
 
 def collected(x, out, digits=6):
-    """A row of scores for each job that is done, the numbers of curves with so many digits."""
+    """A row of scores for each job that is done, numbers of curves with so many digits. ValueError as of read_csv."""
     for seed, arm in x.jobs():
-        file = file_of(out, seed, arm)
-        if file.exists():
-            rows = read_csv(file_of(out, seed, START)) + (read_csv(file) if arm != START else [])
+        if file_of(out, seed, arm).exists():
+            rows = read_csv(file_of(out, seed, START), x.looks[:1])
+            rows += read_csv(file_of(out, seed, arm), x.looks[1:]) if arm != START else []
             yield {"arm": arm.name, "seed": seed} | scores_of(x, arm, rows, digits)
 
 

@@ -1,154 +1,153 @@
 """What is measured of a run, each column against a second way to compute it."""
 
 import copy
+import functools
 import itertools
-import math
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import ROUNDING, TinyTask, generator, seeds, states, tiny_gpt
+from profiles import dear
+from tiny import ROUNDING, TinyTask, generator, seeds, tiny_gpt
 from tiny_runs import tiny
+from torch.distributions import Categorical, kl_divergence
+from torch.nn.utils import parameters_to_vector
 
 from experiments import measures
-from experiments.measures import Forced, Probe, follow, make_probe, measure, pass_at_k, pattern_rates, selection
+from experiments.measures import make_probe, pass_at_k, pattern_rates, selection
 from minicfrl import Addition, rollout
-from model import confidence, entropy
+from model import confidence
 from ntk import empirical_ntk
 from train_toy import stream
 
-TASK = TinyTask({"a": 1.0, "": 1.0})
+
+class TwoTokens(TinyTask):  # in a prompt, so that a state of it need not be its end, which is at position 1
+    block_size = 4
+
+    def prompt(self, a, b):
+        return f"{a}0"
 
 
-def policy(seed):
-    return tiny_gpt(seed, TASK.vocab_size, TASK.block_size)
+TASK = TwoTokens({"": 1.0, "a": 1.0, "b": 1.0})
+TASK.heldout_pairs = TASK.heldout_pairs.repeat(10, 1)
+policy = functools.partial(tiny_gpt, vocab_size=TASK.vocab_size, block_size=TASK.block_size)
 
 
-def moved(model, update, part=""):
-    """A copy of the model, moved by what the update has for the parameters whose names begin so."""
-    after = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, p in after.named_parameters():
-            p += update[name] * name.startswith(part)
-    return after
+def with_other(part, model, other):
+    """A copy of the model with the body or the classifier of the other."""
+    both = copy.deepcopy(model)
+    setattr(both, part, getattr(other, part))
+    return both
 
 
-def update_of(model, draws, size):
-    return {name: size * torch.randn(p.shape, generator=draws) for name, p in model.named_parameters()}
+def states_of(probe, model):
+    """Logits, and which of them are at the ends of prompts."""
+    return model(probe.tokens)[probe.state_mask].detach(), probe.state_mask.nonzero()[:, 1] == 1
 
 
-def by_kind(mask, values):
-    """Those of states at the ends of prompts, the first of a row, and those within responses."""
-    kinds = {"prompt": [], "continuation": []}
-    for (i, t), value in zip(mask.nonzero().tolist(), values, strict=True):
-        kinds["continuation" if mask[i, :t].any() else "prompt"].append(value)
-    return kinds
-
-
-def probe_of(start, tokens, mask):
-    first = [not mask[i, :t].any() for i, t in mask.nonzero().tolist()]
-    return Probe(tokens, mask, start, start.features(tokens)[mask].detach(), torch.tensor(first))
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    """By listing all subsets of k of up to six samples, some of which are right. So it is unbiased, because every
-    subset is a fresh draw of k."""
-    for n in range(1, 7):
-        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
-            subsets = list(itertools.combinations(range(n), k))
-            assert abs(pass_at_k(n, right, k) - sum(min(s) < right for s in subsets) / len(subsets)) < ROUNDING
-
-
-def followed(x, model, probe, updates, look=lambda step: {}):
-    """The rows of a run that moves the model by these updates."""
+def course(seed):
+    """A probe; the policies before and after three updates; and the rows of a run that makes them. An update takes a
+    second, and to look at one, at the second and at the third, takes 100."""
+    path, clock = [policy(seed + n) for n in range(4)], [0.0]
+    probe, model = make_probe(path[0], TASK, seed, 4), copy.deepcopy(path[0])
 
     def records():
-        for step, update in enumerate(updates, start=1):
-            model.load_state_dict(moved(model, update).state_dict())
+        for step in (1, 2, 3):
+            model.load_state_dict(path[step].state_dict())
+            clock[0] += 1
             yield {"step": step, "tokens": 10 * step}
 
-    return [*follow(x, model, probe, records(), look)]
+    def look(step):
+        clock[0] += 100
+        return {"measured": step}
+
+    with mock.patch.object(measures, "time", mock.Mock(perf_counter=lambda: clock[0])):
+        rows = [*measures.follow(tiny(rl_steps=3, n=2, every=3), model, probe, records(), look)]
+    return probe, path, rows
 
 
-@given(seed=seeds, size=st.sampled_from([1e-3, 0.3]))
-def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(seed, size):
-    """Over two updates, however large, in each of which a part is what its own parameters do alone. Only a step of
-    x.looks is a row, but the sums and the tokens are of all."""
-    start, draws = policy(seed), generator(seed)
-    tokens, mask = states(start, 3, 3, seed)
-    updates, path, expected = [update_of(start, draws, size) for _ in range(2)], [start], torch.zeros(3)
-
-    def top_1(model):
-        return confidence(model(tokens)[mask]).mean().item()
-
-    for update in updates:
-        parts = [top_1(moved(path[-1], update, part)) for part in ("", "classifier", "body")]
-        expected += torch.tensor(parts) - top_1(path[-1])
-        path.append(moved(path[-1], update))
-    x, probe = tiny(rl_steps=2, n=2, every=2), probe_of(start, tokens, mask)
-    (row,) = followed(x, copy.deepcopy(start), probe, updates, lambda step: {"measured": step})
-    assert (row["step"], row["measured"], row["tokens"]) == (2, 2, 30) and row["seconds"] > 0
-    change, *parts = (row[f"confidence_{part}"] for part in ("change", "by_W", "by_body", "residual"))
-    assert [change, *parts[:2]] == pytest.approx(expected.tolist(), abs=ROUNDING)
-    assert [change, change] == pytest.approx([sum(parts), top_1(path[-1]) - top_1(start)], abs=ROUNDING)
-
-
+@dear
 @given(seed=seeds)
-def test_agreement_is_the_cosine_of_w_s_part_with_the_whole_less_their_means(seed):
-    """State by state. 1e-9, because these are differences of logits."""
-    model = policy(seed)
-    tokens, mask = states(model, 4, 3, seed)
-    mask[0] = True  # so that there are states of both kinds
-    update = update_of(model, generator(seed), 0.1)
-    before, by_W, whole = (each(tokens)[mask] for each in (model, moved(model, update, "class"), moved(model, update)))
-    pairs = [((a - a.mean()), (b - b.mean())) for a, b in zip(by_W - before, whole - before, strict=True)]
-    cosines = by_kind(mask, [(a @ b / a.norm() / b.norm()).item() for a, b in pairs])
-    (row,) = followed(tiny(rl_steps=1, n=1), copy.deepcopy(model), probe_of(model, tokens, mask), [update])
-    for kind, values in cosines.items():
-        assert row[f"agreement_{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-9)
+def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(seed):
+    """A part of an update is what its own parameters do alone; sums and tokens are of all updates, the time of the
+    training. Agreement: of the last update, state by state, less the mean logit."""
+    (probe, path, rows), rises = course(seed), torch.zeros(3)
+    for n, (old, new) in enumerate(itertools.pairwise(path), start=1):
+        parts = new, with_other("classifier", old, new), with_other("body", old, new)
+        (before, first), *after = (states_of(probe, model) for model in (old, *parts))
+        rises += torch.stack([confidence(logits).mean() - confidence(before).mean() for logits, _ in after])
+        whole, by_W = ((logits - before) - (logits - before).mean(dim=1, keepdim=True) for logits, _ in after[:2])
+        cosines = torch.stack([a @ b / a.norm() / b.norm() for a, b in zip(by_W, whole, strict=True)])
+        expected = {"step": n, "measured": n, "seconds": n, "tokens": (10, 30, 60)[n - 1]}
+        expected |= {"agreement_prompt": cosines[first].mean(), "agreement_continuation": cosines[~first].mean()}
+        expected |= zip(("confidence_change", "confidence_by_W", "confidence_by_body"), rises, strict=True)
+        expected["confidence_residual"] = rises[0] - rises[1] - rises[2]
+        assert n == 1 or agrees(rows[n - 2], expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- the rows
-
-X = tiny(prompts=2, last_prompts=2, measures="all")
+X = tiny(prompts=1, last_prompts=2, measures="all")  # two prompts are looked at in the end, update 4, and before it one
 
 
-@given(seed=st.integers(0, 1000))
-@settings(max_examples=5)
-def test_a_row_reports_what_the_samples_show(seed):
-    """Recomputed one sample and one prompt at a time, from the random numbers that every look draws."""
-    model = policy(seed + 1)
-    row = measure(X, seed, TASK, model, make_probe(policy(seed), TASK, seed, 2), 4)
-    batch = rollout(model, TASK, ["0", "1"], 8, stream(seed, "evaluation"))
-    states = [batch.logits[i, t] for i, t in batch.mask[:, 1:].nonzero().tolist()]
-    first = model(torch.tensor([[0], [1]]))[:, -1].softmax(dim=-1).mean(dim=0)
-    greedy = []
-    for prompt in (0, 1):
-        tokens = [prompt]
-        while len(tokens) < 3 and tokens[-1] != TASK.end_token:
-            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-        greedy.append(tokens in ([prompt, 4], [prompt, 2, 4]))  # which are right: nothing, and a
+def agrees(row, expected):
+    return all(row[k] == pytest.approx(float(v), rel=1e-6, abs=1e-9, nan_ok=True) for k, v in expected.items())
+
+
+@dear
+@given(seed=st.integers(0, 1000), step=st.sampled_from([1, 4]))
+@example(seed=0, step=4)  # a share of 5/13, which is counted in float32
+@torch.no_grad()
+def test_a_row_reports_what_the_samples_show(seed, step):
+    """By the definitions, with the random numbers that every look draws. What is costly is there at the end alone."""
+    start, model, draws = policy(seed), policy(seed + 1), stream(seed, "evaluation")
+    prompts, pairs = ["00", "10"][: 1 + (step == 4)], TASK.heldout_pairs[:2]
+    batch = rollout(model, TASK, prompts, 8, draws)
+    (logits, first), (old, _) = (states_of(batch, m) for m in (model, start))
+    pi, chosen = Categorical(logits=logits), logits[first].softmax(dim=1).mean(dim=0)
+    expected = {"accuracy": batch.rewards.mean(), "entropy": pi.entropy().mean(), "confidence": pi.probs.amax(1).mean()}
+    expected |= {"share_a": chosen[2], "share_b": chosen[3]}
+    row = measures.measure(X, seed, TASK, model, make_probe(start, TASK, seed, 20), step)
+    if step == 4:
+        kl, changed = kl_divergence(pi, Categorical(logits=old)), 1.0 * (logits.argmax(dim=1) != old.argmax(dim=1))
+        success = pattern_rates(model, TASK, pairs, draws)[1].mean(dim=0)
+        expected |= {"greedy": rollout(model, TASK, prompts, 1).rewards.mean(), "kl": kl.sum() / 16}
+        expected |= {"kl_first": kl[first].mean(), "success_a": success[0], "success_b": success[1]}
+        expected |= {"changed_first": changed[first].mean(), "changed_later": changed[~first].mean()}
+        expected |= measures.diversity(model, TASK, pairs[:1], stream(seed, "diversity"))
+        expected |= selection(*(pattern_rates(m, TASK, pairs, stream(seed, "selection")) for m in (start, model)))
+    assert agrees(row, expected) and ("kl" in row) == ("best_of_64" in row) == ("kernel_G_by_W" in row) == (step == 4)
+
+
+def cosines_of_pairs(vectors):
+    return torch.stack([a @ b / a.norm() / b.norm() for a, b in itertools.combinations(vectors, 2)])
+
+
+@dear
+@given(seed=seeds, step=st.sampled_from([0, 2, 4]))
+@torch.no_grad()
+def test_a_row_at_the_end_of_a_stage_reports_how_far_the_policy_is_from_its_start(seed, step):
+    """In parts of norms there; of G by W's move alone, at 16 states, evenly spread; and how alike two features are."""
+    start, model = policy(seed), policy(seed + 1)
+    probe = make_probe(start, TASK, seed, 20)
+    row, (_, first) = measures.measure(X, seed, TASK, model, probe, step), states_of(probe, model)
+    some, states = torch.zeros_like(probe.state_mask), probe.state_mask.nonzero()
+    some[tuple(states[:: len(states) // 16][:16].T)] = True
+    G, old_G = (empirical_ntk(m, probe.tokens, some).gradient for m in (with_other("classifier", start, model), start))
+    phi, old_phi = (m.features(probe.tokens)[probe.state_mask] for m in (model, start))
+    (W, old_W), body = (m.classifier.weight for m in (model, start)), parameters_to_vector(model.body.parameters())
+    old_body = parameters_to_vector(start.body.parameters())
     expected = {
-        "accuracy": batch.responses.count("") / 16 + sum(row[-2:].tolist() == [2, 4] for row in batch.tokens) / 16,
-        "entropy": sum(entropy(s).item() for s in states) / len(states),
-        "confidence": sum(confidence(s).item() for s in states) / len(states),
-        **{"share_a": first[2].item(), "share_b": first[3].item(), "greedy": sum(greedy) / 2},
-        "classifier_norm": model.classifier.weight.square().sum().sqrt().item(),
+        "classifier_norm": W.square().sum().sqrt(),
+        "feature_change": sum((a - b).norm() / b.norm() for a, b in zip(phi, old_phi, strict=True)) / len(phi),
+        "W_moved": (W - old_W).norm() / old_W.norm(),
+        "body_moved": (body - old_body).norm() / old_body.norm(),
+        "kernel_G_by_W": G.norm() / old_G.norm(),
+        "cosine_prompt": cosines_of_pairs(phi[first]).mean(),
+        "cosine_continuation": cosines_of_pairs(phi[~first]).mean(),
+        "positive_continuation": (cosines_of_pairs(phi[~first]) > 0).float().mean(),
     }
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
-
-
-def test_what_is_costly_is_measured_at_the_ends_and_there_on_more_prompts(monkeypatch):
-    """KL at the start and the end of the run; of the kernel and the features also the end of stage 1. The prompts are
-    the first of the held-out pairs, 3 and at the two ends 4."""
-    seen, task, model = [], Addition(1), tiny_gpt(0, 17, 11)
-    probe, x = make_probe(model, task, 0, 3), tiny(measures="all", every=1)
-    monkeypatch.setattr(measures, "rollout", lambda *those: seen.append(those[2:4]) or rollout(*those))
-    rows = [measure(x, 0, task, model, probe, step) for step in (0, 1, 2, 4)]
-    assert [len(prompts) for prompts, samples in seen if samples == 8] == [4, 3, 3, 4] and len(probe.tokens) == 3
-    assert ["kl" in row for row in rows] == ["best_of_64" in row for row in rows] == [True, False, False, True]
-    assert ["kernel_G_by_W" in row for row in rows] == ["W_moved" in row for row in rows] == [True, False, True, True]
+    assert agrees(row, expected)
 
 
 @given(seed=seeds, prompts=st.integers(1, 20))
@@ -162,21 +161,26 @@ def test_diversity_counts_right_samples_and_different_answers(seed, prompts):
     for some in pairs.split(8):
         batch = rollout(model, task, [task.prompt(*pair) for pair in some.tolist()], 5, draws)
         right += batch.rewards.sum(dim=1).int().tolist()
-        answers += sum(len({task.answer(r) for r in batch.responses[5 * i : 5 * i + 5]}) for i in range(len(some)))
+        answers += sum(len({*map(task.answer, batch.responses[i : i + 5])}) for i in range(0, 5 * len(some), 5))
     expected = {f"best_of_{k}": sum(pass_at_k(5, c, k) for c in right) / prompts for k in (1, 2, 4)}
     assert row == pytest.approx(expected | {"different_answers": answers / prompts})
 
 
-# ------------------------------------------------------------------------------------------------------- the patterns
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    """By listing all subsets of k of up to six samples, some of which are right. So it is unbiased, because every
+    subset is a fresh draw of k."""
+    for n in range(1, 7):
+        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations(range(n), k))
+            assert abs(pass_at_k(n, right, k) - sum(min(s) < right for s in subsets) / len(subsets)) < ROUNDING
 
 
 @given(seed=seeds, prompts=st.integers(1, 4), patterns=st.integers(1, 4))
 def test_the_change_of_accuracy_is_split_without_a_rest(seed, prompts, patterns):
     """(E11), the product rule for finite differences; and what does not change is not the cause."""
     pi, p, new_pi, new_p = torch.rand(4, prompts, patterns, generator=generator(seed))
-    total = (new_pi * new_p - pi * p).sum(dim=1).mean().item()
     split = selection((pi, p), (new_pi, new_p))
-    assert split["gain_by_shares"] + split["gain_by_success"] == pytest.approx(total, abs=ROUNDING)
+    assert sum(split.values()) == pytest.approx((new_pi * new_p - pi * p).sum(dim=1).mean().item(), abs=ROUNDING)
     assert selection((pi, p), (pi, new_p))["gain_by_shares"] == selection((pi, p), (new_pi, p))["gain_by_success"] == 0
 
 
@@ -184,77 +188,9 @@ def test_the_change_of_accuracy_is_split_without_a_rest(seed, prompts, patterns)
 def test_shares_and_success_rates_are_those_of_each_prompt(seed):
     """Success is averaged over 400 forced responses to each prompt: within 5 standard errors, at most 0.125, of the
     exact chance, which here is that of the end token, after the pattern's, coming next."""
-    task = TinyTask({"a": 1.0, "b": 1.0})
-    model, pairs = policy(seed), task.heldout_pairs.repeat(400, 1)
-    shares, success = (values.view(400, 2, 2) for values in pattern_rates(model, task, pairs, generator(seed)))
+    model, pairs = policy(seed), TASK.heldout_pairs[:2].repeat(400, 1)
+    shares, success = (values.view(400, 2, 2) for values in pattern_rates(model, TASK, pairs, generator(seed)))
     for prompt, (pattern, token) in itertools.product((0, 1), enumerate((2, 3))):
-        exact = model(torch.tensor([[prompt, token]])).softmax(dim=-1)[0]
-        assert shares[0, prompt, pattern].item() == pytest.approx(exact[0, token].item())
-        assert success[:, prompt, pattern].mean().item() == pytest.approx(exact[1, task.end_token].item(), abs=0.125)
-
-
-@given(seed=seeds)
-def test_a_forced_pattern_starts_every_response_and_is_not_credited(seed):
-    """It comes after a prompt of several tokens, at whose end the shares are read."""
-    task, model = Addition(1), tiny_gpt(seed, 17, 11)
-    batch = rollout(model, Forced(task, "s"), ["1+2=", "3+4="], 3, generator(seed))
-    assert all(text.startswith("s") for text in batch.responses)
-    assert not batch.mask[:, :5].any() and batch.mask[:, 5].all()
-    shares, _ = pattern_rates(model, task, torch.tensor([[1, 2]]), generator(seed))
-    exact = model(torch.tensor([task.encode("1+2=")]))[0, -1].softmax(dim=-1)[task.encode("dsg")]
-    torch.testing.assert_close(shares[0], exact, rtol=0, atol=ROUNDING)
-
-
-@given(seed=seeds)
-def test_departure_is_the_sum_of_kls_and_says_where_the_likeliest_token_changed(seed):
-    """Recomputed state by state by torch.distributions. If every response ends at once, there is no later state."""
-    start, model = policy(seed), policy(seed + 1)
-    batch = rollout(model, TASK, ["0", "1"], 8, generator(seed))
-    new, old = (each(batch.tokens)[batch.state_mask] for each in (model, start))
-    policies = [torch.distributions.Categorical(logits=logits) for logits in (new, old)]
-    kls = by_kind(batch.state_mask, torch.distributions.kl_divergence(*policies).tolist())
-    changed = by_kind(batch.state_mask, [float(a.argmax() != b.argmax()) for a, b in zip(new, old, strict=True)])
-    expected = {"kl": sum(kls["prompt"] + kls["continuation"]) / 16, "kl_first": sum(kls["prompt"]) / 16}
-    for name, values in zip(("changed_first", "changed_later"), changed.values(), strict=True):
-        expected[name] = sum(values) / len(values) if values else math.nan
-    assert measures.departure(batch, start) == pytest.approx(expected, nan_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------ kernel and features
-
-
-def test_growth_of_g_is_what_w_s_move_did_to_its_norm_at_16_states():
-    """For a policy whose W and body both moved; computed once more from the definition, at every other of 34 states."""
-    start, model = tiny_gpt(0), tiny_gpt(1)
-    tokens, _ = states(start, 17, 4, 0)
-    mask, some = torch.zeros(2, 17, 4, dtype=torch.bool)
-    mask[:, 1:3] = some[:16, 1] = True
-    with_W = copy.deepcopy(start)
-    with_W.classifier.weight.data.copy_(model.classifier.weight)
-    G, G0 = (empirical_ntk(each, tokens, some).gradient.norm().item() for each in (with_W, start))
-    assert measures.growth_of_G(model, probe_of(start, tokens, mask)) == pytest.approx(G / G0)
-
-
-@given(seed=seeds)
-def test_geometry_is_about_the_cosines_of_all_pairs_of_a_kind(seed):
-    model = policy(seed)
-    tokens, mask = states(model, 4, 3, seed)
-    mask[:2] = True
-    phi = model.features(tokens)[mask].detach()
-    row, cosines = measures.geometry(probe_of(model, tokens, mask), phi), {}
-    for kind, vectors in by_kind(mask, phi).items():
-        cosines[kind] = [(x @ y / x.norm() / y.norm()).item() for x, y in itertools.permutations(vectors, 2)]
-    expected = {f"cosine_{kind}": sum(values) / len(values) for kind, values in cosines.items()}
-    positive = sum(cosine > 0 for cosine in cosines["continuation"]) / len(cosines["continuation"])
-    assert row == pytest.approx(expected | {"positive_continuation": positive}, abs=1e-7)  # a share in float32
-
-
-def test_distances_are_in_parts_of_the_norms_at_the_start():
-    """W doubled has moved by its own norm; the body, a tenth longer, by a tenth, and so have features whose norm is."""
-    start, tokens = tiny_gpt(0), torch.zeros(2, 3, dtype=torch.long)
-    itself = {name: p.detach() for name, p in start.named_parameters()}
-    tenth = {name: p / 10 for name, p in itself.items()}
-    assert measures.moves(moved(start, itself, "classifier"), start) == {"W_moved": pytest.approx(1), "body_moved": 0}
-    assert measures.moves(moved(start, tenth, "body"), start) == {"W_moved": 0, "body_moved": pytest.approx(0.1)}
-    phi, longer = (each.features(tokens)[0] for each in (start, moved(start, tenth, "body.norm.")))
-    assert measures.feature_change(Probe(None, None, None, phi, None), longer) == pytest.approx(0.1)
+        exact = model(torch.tensor([[prompt, 0, token]])).softmax(dim=-1)[0]
+        assert shares[0, prompt, pattern].item() == pytest.approx(exact[1, token].item())
+        assert success[:, prompt, pattern].mean().item() == pytest.approx(exact[2, TASK.end_token].item(), abs=0.125)

@@ -4,7 +4,6 @@ The jobs are functions of a module because a worker process imports what it does
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -28,44 +27,24 @@ def tiny(arms="rl cf-rl", **changes):
 def quick_rows(x, out, seed, arm):
     """The job of a seed and an arm as far as runs.py knows: numbers that only they decide."""
     draws = stream(seed, arm.name)
-    for step in x.looks if arm != START else [0]:
-        yield {"step": step, "accuracy": torch.rand((), generator=draws).item(), "confidence": 0.5, "seconds": 0.0}
+    for step in x.looks[:1] if arm == START else x.looks[1:]:
+        yield {"step": step, "accuracy": torch.randint(99, (), generator=draws).item(), "confidence": 0.5}
 
 
-def noted_rows(x, out, seed, arm):
-    """A job of the toy that notes which process does it, and begins once three processes are at work."""
+def meeting_rows(x, out, seed, arm):
+    """A job that notes which process does it; an arm's begins once three are at work, or after a minute."""
     notes, end = out.parent / "notes", time.monotonic() + 60
     notes.mkdir(exist_ok=True)
     with open(notes / str(os.getpid()), "a", encoding="utf-8") as file:
         file.write(f"{arm.name}-seed{seed}\n")
-    while len([*notes.iterdir()]) < 3 and time.monotonic() < end:
+    while arm != START and len([*notes.iterdir()]) < 3 and time.monotonic() < end:
         time.sleep(0.02)
-    yield from toy.rows_of(x, out, seed, arm)
+    yield from quick_rows(x, out, seed, arm)
 
 
-def help_out(out):
-    """One more process, as from another terminal."""
-    torch.set_num_threads(1)
-    runs.run(tiny(seeds=range(2)), Path(out), noted_rows)
-
-
-def endless_rows(x, out, seed, arm):
-    """The start is done at once; an arm's job leaves a note that it has begun, and never ends."""
-    yield {"step": 0, "accuracy": 0.5, "confidence": 0.5}
-    while arm != START:
-        (out.parent / f"{arm.name}-began").touch()
-        time.sleep(0.05)
-
-
-def run_endlessly(out):
-    """What a user sees of a long run in two processes."""
-    report.EXPERIMENTS["tiny"], toy.rows_of = tiny(), endless_rows
-    sys.exit(command.main(["run", "tiny", "--out", out, "--workers", "2"]))
-
-
-def environment():
-    """Of a process that imports the laboratory and these tests, whatever its folder."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments" / "tests")])}
+def run_in_a_terminal(out, workers):
+    report.EXPERIMENTS["tiny"], toy.rows_of = tiny(seeds=range(2)), meeting_rows
+    return command.main(["run", "tiny", "--out", out, "--workers", workers])
 
 
 def contents(out):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from profiles import dear
 from strategies import Batch, Policy, batches, vectors
 from tiny import ROUNDING
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,7 +56,7 @@ class Largest(TorchDispatchMode):
 
 def test_influence_never_holds_all_tokens_gradients():
     """Nothing is near as many numbers as N tokens' gradients have, and less with smaller blocks."""
-    batch, largest = Batch(Policy(V=5, d=32), 2, ((0, 1, 2, 3),) * 16, (1.0,) * 16), []
+    batch, largest = Batch(Policy(V=5, d=32), 2, ((0, 1, 2, 3),) * 12, (1.0,) * 12), []
     numbers = int(batch.states.sum()) * sum(p.numel() for p in batch.model.body.parameters())
     for block in (32, 8):
         with Largest() as seen:
@@ -74,6 +75,7 @@ def test_a_token_teaches_itself_what_its_advantage_says(batch):
         assert not part[A == 0].any()
 
 
+@dear
 @given(batch=batches(rows=(1, 4)), data=st.data())
 def test_influence_does_not_depend_on_what_is_frozen_or_on_the_vocabulary_s_gauge(batch, data):
     """The body's requires_grad does not matter, and W + 1 v^T is the same policy: 1^T r = 0."""
@@ -85,6 +87,7 @@ def test_influence_does_not_depend_on_what_is_frozen_or_on_the_vocabulary_s_gaug
         torch.testing.assert_close(again, part, rtol=1e-9, atol=1e-9)
 
 
+@dear
 @given(batch=batches(rows=(1, 4)), data=st.data())
 def test_a_permutation_of_the_rows_permutes_who_teaches_whom(batch, data):
     """A pair of tokens is compared whatever stands around it."""

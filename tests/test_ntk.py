@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from profiles import dear
 from strategies import policies_and_states
 from tiny import generator, states, tiny_gpt
 from torch import nn
@@ -42,29 +43,20 @@ def assert_equal(actual, expected, tolerance=EXACT):
 sizes = st.integers(1, 6)
 
 
-@given(drawn=policies_and_states(), block=sizes, tile=sizes)
+@given(drawn=policies_and_states() | policies_and_states(sides=2), block=sizes, tile=sizes)
 def test_the_kernel_holds_the_inner_products_of_all_logits_gradients_whatever_the_block_and_the_tile(
     drawn, block, tile
 ):
     """K = R + G: W and the body share no parameter, so their parts of each inner product add up. Blocks and tiles only
-    say how many states are multiplied at once."""
-    policy, tokens, mask = drawn
+    say how many states are multiplied at once. Two sets of states differ in rows, lengths and numbers."""
+    policy, *sides = drawn
     model = policy.model
     with patch.object(fast_ntk, "TILE", tile):
-        kernel = empirical_ntk(model, tokens, mask, block=block)
-    assert_equal(kernel.gradient, oracle(model, tokens, mask))
-    features = model.features(tokens)[mask].detach()
-    assert_equal(kernel.representation, features @ features.T)
-    assert_equal(kernel.full(), oracle(model, tokens, mask, parameters=model.parameters()))
-
-
-@given(drawn=policies_and_states(sides=2), block=sizes, tile=sizes)
-def test_the_kernel_between_two_sets_of_states_is_exact(drawn, block, tile):
-    """Different rows, lengths and numbers of states on the two sides."""
-    policy, *sides = drawn
-    with patch.object(fast_ntk, "TILE", tile):
-        kernel = empirical_ntk(policy.model, *sides, block=block)
-    assert_equal(kernel.full(), oracle(policy.model, *sides, parameters=policy.model.parameters()))
+        kernel = empirical_ntk(model, *sides, block=block)
+    phi = [model.features(tokens)[mask].detach() for tokens, mask in (sides[:2], sides[-2:])]
+    assert_equal(kernel.representation, phi[0] @ phi[1].T)
+    assert_equal(kernel.gradient, oracle(model, *sides))
+    assert_equal(kernel.full(), oracle(model, *sides, parameters=model.parameters()))
 
 
 @pytest.mark.parametrize("vocab_size", [17, 80])
@@ -92,6 +84,7 @@ def test_the_kernel_is_symmetric_and_positive_semidefinite(drawn):
         assert eigenvalues[0] > -1e-9 * eigenvalues[-1]
 
 
+@dear
 @given(drawn=policies_and_states(), scale=st.floats(0.1, 10) | st.just(0.0))
 def test_scaling_the_classifier_scales_the_gradient_component_quadratically_and_the_other_not_at_all(drawn, scale):
     """G = W M W^T with M from the body alone; R has no W in it. A classifier of zeros has no gradient component."""
@@ -104,6 +97,7 @@ def test_scaling_the_classifier_scales_the_gradient_component_quadratically_and_
     assert torch.equal(after.representation, before.representation)
 
 
+@dear
 @given(drawn=policies_and_states(), data=st.data())
 def test_tokens_after_the_state_do_not_matter(drawn, data):
     """Padding, for one: a state is a prefix."""
@@ -241,10 +235,9 @@ def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warnin
     tokens, mask = states(model, 2, 4, 0)
     assert (tokens == 0).any()
     before = [id(parameter) for parameter in model.parameters()]
-    for right in ((), states(model, 3, 5, 1)):
-        with pytest.warns(UserWarning, match="^the body is not all linear layers"):
-            kernel = empirical_ntk(model, tokens, mask, *right)
-        assert_equal(kernel.gradient, oracle(model, tokens, mask, *right))
+    with pytest.warns(UserWarning, match="^the body is not all linear layers"):
+        kernel = empirical_ntk(model, tokens, mask)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask))
     logit_change(model, tokens, mask, {})
     assert [id(parameter) for parameter in model.parameters()] == before
     for precise in (model, model.float()):
@@ -275,10 +268,10 @@ def test_a_body_whose_layers_are_not_seen_falls_back_to_the_definition(make, blo
     torch.manual_seed(0)
     model = tiny_gpt(0)
     model.body = make()
-    tokens, mask = states(model, 3, 4, 0)
+    (tokens, mask), right = states(model, 3, 4, 0), states(model, 2, 5, 1)
     with pytest.warns(UserWarning, match="^the body is not all linear layers"):
-        kernel = empirical_ntk(model, tokens, mask, block=block)
-    assert_equal(kernel.gradient, oracle(model, tokens, mask))
+        kernel = empirical_ntk(model, tokens, mask, *right, block=block)
+    assert_equal(kernel.gradient, oracle(model, tokens, mask, *right))
     with pytest.raises(ValueError, match="^the body is not all linear layers"):
         influence(model, *with_one_more(tokens, mask), torch.ones(3), block=block)
 

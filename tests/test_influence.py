@@ -29,6 +29,7 @@ def assert_equal(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@dear
 @given(batch=batches(rows=(1, 3)), block=st.integers(1, 20), tile=tiles)
 def test_influence_is_the_kernel_between_residuals_whatever_the_block_and_the_tile(batch, block, tile):
     """Entry by entry A_i r_j^T K(x_j, x_i) r_i, with K from empirical_ntk, which never forms a token's gradient."""

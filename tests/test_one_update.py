@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from profiles import dear
 from strategies import Batch, Policy, batches, led_logits, policies_and_states, vectors
 from tiny import assert_second_order, generator, loss_of, sgd_step
 
@@ -102,6 +103,7 @@ def by_influence(batch):
 
 
 @pytest.mark.parametrize("prediction", [by_the_kernel, by_influence])
+@dear
 @given(batch=batches(rows=(1, 3)))
 def test_what_the_kernel_predicts_a_real_sgd_step_does_up_to_second_order(prediction, batch):
     """(E7): df(x) = eta sum_i A_i K(x, x_i) g_i + O(eta^2). The step is backward()'s, so a parameter that the kernel
@@ -120,6 +122,7 @@ def test_what_the_kernel_predicts_a_real_sgd_step_does_up_to_second_order(predic
 
 
 @pytest.mark.parametrize("step", [gradient_step, adamw_step, random_step])
+@dear
 @given(batch=batches(rows=(1, 3)))
 def test_what_an_update_does_to_logits_and_entropy_is_predicted_up_to_second_order(step, batch):
     """(E8) and (E9) hold for whatever the optimiser did. W's part is exact, because f is linear in W; the body's part

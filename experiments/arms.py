@@ -103,6 +103,25 @@ def only(part, rate, parts=PARTS):
     return replace(first(part, rate, parts), name=f"{part}-only-x{rate:g}", order="alone")
 
 
+def tried(name, lr, rate=None):
+    """A way at another rate of everything, and of W."""
+    return replace(WAYS[name], name=f"{name}-{lr:g}" + f"x{rate}" * bool(rate), lr=lr, rate=rate)
+
+
+def tries(alone, bases, multiples):
+    """Plain RL at some rates, and each way with two rates at pairs of them."""
+    pairs = itertools.product(("cf-rl", "control", "fast-classifier"), bases, multiples)
+    return [tried("rl", lr) for lr in alone] + [tried(*pair) for pair in pairs]
+
+
+def best(plain, cf_rl, control, fast):
+    """What is compared once each way has its best rates: (lr, rate of W) of plain RL, CF-RL, the control and W fast."""
+    names = "rl cf-rl control fast-classifier classifier-last spread".split()
+    rates = zip(names, (plain, cf_rl, control, fast, cf_rl, cf_rl), strict=True)
+    arms = [replace(WAYS[name], lr=lr, rate=rate) for name, (lr, rate) in rates]
+    return arms + [Arm(*way, "body", rate=1, lr=plain[0]) for way in (("body-only", "alone"), ("body-first", "first"))]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Its fields are the record of a run. ValueError for what the book's own configs refuse."""
@@ -183,6 +202,10 @@ BEST = some("rl") + [at(way, 40, 32) for way in MAPPED]
 # Each part alone, at some multiples of plain RL's rate, and what that chose: the same from both starts, but for W.
 TUNING = dict(seeds=range(100, 103), measures="accuracy", every=8)
 TUNING["arms"] = [only(part, rate) for part in PARTS for rate in (1, 5, 20, 100)]
+# Each way to spend two rates at its best, by the rules of rules.md; and what that chose, on fresh seeds.
+TRIED = dict(seeds=range(100, 103), measures="accuracy", every=2, prompts=32)
+TRIED["arms"] = tries((2e-4, 3e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1.2e-3, 1.6e-3, 2e-3), (4e-4, 6e-4, 8e-4), (5, 15, 40))
+AT_BEST = CURVED | dict(seeds=range(600, 610), measures="accuracy", every=1)
 CHOSEN = {"shift": 100, "norm": 100, "last-block": 5, "first-block": 1, "embeddings": 20, "body": 1}
 
 
@@ -215,6 +238,8 @@ LISTED = {
     "order-learning-again": AGAIN | UNTAUGHT | dict(arms=[*BEST, at("fast-classifier", 5)], threshold=0.3),
     "tuning": TUNING,
     "tuning-learning": TUNING | UNTAUGHT,
+    "best-tuning": TRIED,
+    "best": AT_BEST | dict(arms=best((6e-4, None), (8e-4, 40), (6e-4, 40), (6e-4, 40))),
     "parts": dict(measures="accuracy", arms=parts_arms(W_rate=100)),
     "parts-learning": UNTAUGHT | dict(measures="accuracy", arms=parts_arms(W_rate=20)),
     "variability-sgd": dict(arms=ALIKE, rl_steps=40, measures="few", lr=0.02, rl=SGD),

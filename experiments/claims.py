@@ -6,9 +6,10 @@ report refuses to contradict.
 """
 
 import statistics
+from itertools import product
 
-from experiments.arms import ALIKE
-from experiments.real_model import ALL_FAST, FAST
+from experiments.arms import ALIKE, MAPPED, at
+from experiments.real_model import ALL_FAST, FAST, W_ALONE
 from experiments.scores import AREA, COSTS, END, MARGIN, RUN, Measure, at_equal, time_to
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
@@ -79,8 +80,8 @@ PAPERS = (
      ("confidence", "rl", "sft", yes("confidence"))),
     ("1: and less diverse (than imitation, at equal accuracy)", "yes", "{}",
      ("lp-ft", "ft", "rl", yes("different_answers", margin=0))),
-    ("1: confidence rises through R, by moving W (in this parametrisation)", "SGD yes, Adam no", "SGD {}, Adam {}",
-     ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
+    ("1: confidence rises through R, by moving W (in this parametrisation)", "SGD yes, Adam undecided",
+     "SGD {}, Adam {}", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
     ("1: because features vary little", "one rate yes, matched rates no", "one rate {}, matched rates {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
@@ -102,14 +103,15 @@ PAPERS = (
      ("regime-2", "rl-sgd", "", yes(dip)), ("regime-2", "rl", "", yes(dip, less="no"))),
     ("2: imitating the best pattern first shortens that", "yes", "{}",
      ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy"))),
-    ("2: RL on the policy's own certainty first helps, then harms", "helps then harms; else undecided",
-     "{} then {}; else {}", *(("regime-1", "self-certainty", "", half) for half in HALVES),
+    ("2: RL on the policy's own certainty first helps, then harms", "first undecided, then harms; else undecided",
+     "first {}, then {}; else {}", *(("regime-1", "self-certainty", "", half) for half in HALVES),
      ("rlif", "self-certainty", "", HALVES[0])),
 )  # fmt: skip
 
 
 def verdict(results, text, questions):
-    said = [measure.said(results[name], arm, base) for name, arm, base, measure in questions]
+    together = sum(len(asked) for _, _, _, *asked in PAPERS)
+    said = [measure.said(results[name], arm, base, together) for name, arm, base, measure in questions]
     return text(*said) if callable(text) else text.format(*said)
 
 
@@ -123,8 +125,28 @@ def papers(results):
 
 # ------------------------------------------------------------------------------------------------------ our own pages
 
+
+def best_pairs(rate):
+    """What fresh seeds decide: the best cf-rl and the best constant rates against plain RL; and that cf-rl against
+    those constant rates, and against what has its own cell."""
+    best, *beside, constant = (arm.name for arm in (*(at(way, 40, 32) for way in MAPPED), at("fast-classifier", rate)))
+    return [(best, base) for base in ("rl", constant, *beside)] + [(constant, "rl")]
+
+
+# What is compared in an experiment, as (arm, base). It is one family: all of a column is asked together, whichever page
+# says what came of a pair.
+FAST_REAL, W_ALONE, *FASTER = (arm.name for arm in (FAST, W_ALONE, *ALL_FAST))
+OF_SPEED = [*product(("cf-rl", "control", "fast-classifier", "cf-rl-same-lr"), ["rl"])]
+OF_SPEED += product(["cf-rl"], ("control", "classifier-last", "spread", "fast-classifier"))
+OF_REAL = [(arm, "rl") for arm in ("cf-rl", "control", FAST_REAL)]
+OF_REAL += [("cf-rl", base) for base in ("control", "classifier-last", FAST_REAL)]
+LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST_REAL])]
+OF_BEST = [*product(("cf-rl", "control", "fast-classifier", "body-only", "body-first"), ["rl"])]
+OF_BEST += product(["cf-rl"], ("control", "fast-classifier", "classifier-last", "spread"))
+ASKED = {"speed": OF_SPEED, "speed-learning": OF_SPEED, "real-both": OF_REAL, "real": LATER, "best": OF_BEST}
+ASKED |= {"order-again": best_pairs(40), "order-learning-again": best_pairs(5)}
 STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real-both": "SmolLM2"}
-FAST_W = {"speed": "fast-classifier", "speed-learning": "fast-classifier", "real-both": FAST.name}
+FAST_W = {"speed": "fast-classifier", "speed-learning": "fast-classifier", "real-both": FAST_REAL}
 LABELS = ("CF-RL", "control: CF-RL's rates, nothing frozen", "W fast throughout, nothing frozen")
 
 
@@ -135,9 +157,12 @@ def answers(results):
     for name, start in STARTS.items():
         runs, arms = results[name], ("cf-rl", "control", FAST_W[name])
         time, first = time_to(runs.x.threshold), statistics.fmean(runs.values("sft", "accuracy"))
-        seeds, looks = len(runs.score("rl", "run")), len(arms) + 1
+        seeds, looks = len(runs.score("rl", "run")), len(ASKED[name])
         column = [f"{start}: {first:.2f} to {runs.x.threshold:g}, {seeds} seeds", time.mean(runs, "rl")]
-        column += [f"{time.mean(runs, arm)}, {time.said(runs, arm, 'rl', looks)}" for arm in arms]
+        for arm in arms:
+            never = sum(max(runs.curve(arm, seed)) < runs.x.threshold for seed in runs.score(arm, "run"))
+            told = f"{time.said(runs, arm, 'rl', looks)}" + f", {never} never" * (never > 0)
+            column.append(f"{time.mean(runs, arm)}, {told}")
         column.append(END.said(runs, "cf-rl", "classifier-last", looks))
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
@@ -145,21 +170,25 @@ def answers(results):
 
 # ------------------------------------------------------------------------------------------ what the pages say in words
 
-# experiment, arm, base, measure; how many questions were asked together; what `judge` says. (Fewer updates are "less".)
+# experiment, arm, base, measure; how many questions were asked together, if these are not its ASKED; what `judge` says.
+# (Fewer updates are "less".)
 TO_9, TO_6, RISE = time_to(0.9), time_to(0.6), Measure("rise of top-1", "confidence_change")
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
 R_ALONE = yes(row(lambda r: r["agreement_continuation"] - 0.5))
-FAST_REAL, TWICE = FAST.name, ALL_FAST[0].name
 SIZES = {"32x2": "undecided", "64x4": "equal", "128x2": "equal", "256x2": "undecided"}
 PINS = (
-    *(("speed", arm, "rl", TO_9, 4, "less") for arm in ("cf-rl", "control", "fast-classifier")),
-    ("speed", "cf-rl", "control", TO_9, 8, "more"),
+    *(("speed", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
+    ("speed", "cf-rl", "control", TO_9, "more"),
     ("speed", "cf-rl", "", yes(at_equal(COSTS["stage 1 for free"], "control")), 8, "more"),
-    ("speed", "cf-rl", "classifier-last", END, 4, "equal"),
-    *((name, "cf-rl", "classifier-last", END, 4, "undecided") for name in ("speed-learning", "real-both")),
-    ("speed-learning", "cf-rl", "rl", AREA, 8, "more"),
-    ("speed-learning", "cf-rl", "control", AREA, 8, "undecided"),
+    ("speed", "cf-rl", "classifier-last", END, "equal"),
+    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("speed-learning", "real-both")),
+    ("speed-learning", "cf-rl", "rl", AREA, "more"),
+    ("speed-learning", "cf-rl", "control", AREA, "undecided"),
+    ("best", "cf-rl", "control", TO_9, "equal"),
+    ("best", "cf-rl", "control", RUN, "less"),
+    ("best", "body-first", "rl", TO_9, "more"),
+    *(("best", "body-only", "rl", measure, "less") for measure in (RUN, END)),
     ("confidence", "random-reward", "", RISE, 1, "undecided"),
     ("confidence", "random-reward-sgd", "sft", END, 1, "equal"),
     ("confidence", "rl", "", OVER_THE_REST, 1, "more"),
@@ -167,23 +196,26 @@ PINS = (
     ("learning", "classifier-only", "rl", END, 1, "less"),
     ("order", "cf-rl-8x5", "control-8x5", END, 12, "equal"),
     ("order-learning", "cf-rl-32x40", "control-32x40", END, 12, "undecided"),
-    ("order-again", "cf-rl-32x40", "control-32x40", AREA, 6, "less"),
-    ("order-learning-again", "cf-rl-32x40", "control-32x40", AREA, 6, "more"),
-    ("order-learning-again", "cf-rl-32x40", "control-32x40", RUN, 6, "undecided"),
+    ("order-again", "cf-rl-32x40", "control-32x40", AREA, "less"),
+    ("order-learning-again", "cf-rl-32x40", "control-32x40", AREA, "more"),
+    ("order-learning-again", "cf-rl-32x40", "control-32x40", RUN, "undecided"),
     ("parts", "classifier-first-x100", "rl", RUN, 8, "more"),
     ("parts", "shift-only-x100", "sft", END, 1, "more"),
     ("classifier", "control", "", yes(GROWTH, margin=0), 1, "more"),
     *((f"size-{size}", "cf-rl", "control", RUN, 1, word) for size, word in SIZES.items()),
     ("rlif", "self-certainty-sgd", "", HALVES[0], 1, "less"),
-    *(("real-both", "cf-rl", base, TO_6, 6, "more") for base in ("rl", "control", FAST_REAL)),
-    *(("real-both", arm, "rl", TO_6, 4, "less") for arm in ("control", FAST_REAL)),
-    ("real-both", "cf-rl", FAST_REAL, END, 6, "less"),
+    *(("real-both", "cf-rl", base, TO_6, "more") for base in ("rl", "control", FAST_REAL)),
+    ("real-both", "control", "rl", TO_6, "undecided"),
+    ("real-both", FAST_REAL, "rl", TO_6, "less"),
+    ("real-both", "cf-rl", FAST_REAL, END, "less"),
     ("real-both", "cf-rl", "", yes(free), 1, "equal"),
     *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
     ("real-again", "cf-rl", "rl", TO_6, 2, "more"),
-    *((name, "control", "rl", TO_6, 6, "undecided") for name in ("real", "real-gpu")),
-    *(("real", TWICE, base, TO_6, 7, "less") for base in ("rl", FAST_REAL)),
+    ("real", "control", "rl", TO_6, 6, "less"),
+    ("real-gpu", "control", "rl", TO_6, 6, "undecided"),
+    *((name, FAST_REAL, "rl", TO_6, 6, "less") for name in ("real", "real-gpu")),
+    *(("real", FASTER[0], base, TO_6, "less") for base in ("rl", FAST_REAL)),
     ("real", "cf-rl-8x200", "cf-rl", TO_6, 7, "more"),
 )
 
@@ -193,7 +225,7 @@ def contradicted(results):
     for claim, words, text, *questions in PAPERS:
         if verdict(results, text, questions) != words:
             yield f"{claim}: {verdict(results, text, questions)}, not {words}"
-    for name, arm, base, measure, looks, word in PINS:
-        said = measure.verdict(results[name], arm, base, looks).removeprefix("slightly ")
+    for name, arm, base, measure, *looks, word in PINS:
+        said = measure.verdict(results[name], arm, base, *looks or [len(ASKED[name])]).removeprefix("slightly ")
         if said != word:
             yield f"{name}, {arm}{f' minus {base}' * bool(base)}, {measure.heading or measure.of}: {said}, not {word}"

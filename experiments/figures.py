@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 
-from experiments.claims import FAST_W, TWICE
+from experiments.claims import FAST_W, FASTER
 
 # Okabe and Ito's colours, safe for the colour-blind.
 BLUE, RED, GREEN, PINK, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #999999".split()
@@ -39,7 +39,7 @@ def plot_answer(results, path):
             plot_curves(axes, runs, "classifier-last", "W last, alone", PINK, "--")  # plain RL, for most of the run
             plot_curves(axes, runs, FAST_W[name], "W fast throughout", ORANGE)
             if name == "real-both":
-                plot_curves(axes, runs, TWICE, "everything at twice the rate", GREY)
+                plot_curves(axes, runs, FASTER[0], "everything at twice the rate", GREY)
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
             axes.text(runs.x.n, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))

@@ -17,11 +17,11 @@ from experiments import claims, figures, one_update, real_model, scores
 from experiments.arms import CELLS, CHOSEN, MAPPED, at, first, only
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
 from experiments.runs import missing, read_record, record_of, write_whole
-from experiments.scores import END, RUN, Measure, Runs, at_equal, compared, markdown, means, speed
+from experiments.scores import END, RUN, Measure, Runs, at_equal, compared, markdown, means, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "results.md", HERE / "one_update.md")
+PAGES = (HERE.parent / "README.md", HERE / "results.md", HERE / "one_update.md", HERE / "rules.md")
 EXPERIMENTS = OF_THE_TOY | real_model.EXPERIMENTS
 
 
@@ -79,20 +79,6 @@ FAST, W_ALONE, *FASTER = (arm.name for arm in (real_model.FAST, real_model.W_ALO
 REAL_SHOWN = ("rl", "cf-rl", "control", FAST, W_ALONE, FASTER[0])
 
 
-def best_pairs(rate):
-    """What fresh seeds decide: the best cf-rl and the best constant rates against plain RL; and that cf-rl against
-    those constant rates, and against what has its own cell."""
-    best, *beside = (at(way, 40, 32).name for way in MAPPED)
-    constant = at("fast-classifier", rate).name
-    return [(best, base) for base in ("rl", constant, *beside)] + [(constant, "rl")]
-
-
-OF_SPEED = [*product(("cf-rl", "control", "fast-classifier", "cf-rl-same-lr"), ["rl"])]
-OF_SPEED += product(["cf-rl"], ("control", "classifier-last", "spread", "fast-classifier"))
-OF_REAL = [*product(("cf-rl", "control", FAST), ["rl"]), *product(["cf-rl"], ("control", "classifier-last", FAST))]
-LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST])]
-ASKED = {"speed": OF_SPEED, "speed-learning": OF_SPEED, "real-both": OF_REAL, "real": LATER}
-ASKED |= {"order-again": best_pairs(40), "order-learning-again": best_pairs(5)}
 OF_SIZES = [("cf-rl", "rl"), ("control", "rl"), ("cf-rl", "control")]
 SIZES = ["features, blocks, seeds", "`rl`", *(f"`{arm}` − `{base}`" for arm, base in OF_SIZES), "cosine of features"]
 
@@ -163,7 +149,8 @@ def size_rows(runs):
 
 def sections(R, update):
     """{name of a report mark: what the pages show there}, from {experiment: runs}."""
-    tables = {name: compared(R[name], speed(R[name].x), asked) for name, asked in ASKED.items()}
+    tables = {name: compared(R[name], speed(R[name].x), asked) for name, asked in claims.ASKED.items()}
+    tables["best"] = compared(R["best"], (*map(time_to, (0.85, 0.9, 0.95)), RUN, END), claims.ASKED["best"])
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),

@@ -48,8 +48,7 @@ def locked(path, **how):
     except Timeout:
         raise
     except (OSError, NotImplementedError, UserWarning) as error:
-        fault = error if isinstance(error, OSError) else "its file system has no locks"
-        raise OSError(f"{path.parent} cannot be written and locked ({fault}): choose another --out") from None
+        raise OSError(f"{path.parent} cannot be written and locked ({error}): choose another --out") from None
     try:
         yield
     finally:

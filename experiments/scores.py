@@ -70,6 +70,13 @@ def judge(differences, margin=MARGIN, looks=1, seeds=None):
     return "equal" if within else "undecided"
 
 
+def by_ranks(differences):
+    """Whether Wilcoxon's signed-rank test finds them off 0, at 5%."""
+    from scipy.stats import wilcoxon
+
+    return wilcoxon(differences).pvalue < 0.05
+
+
 def seeds_to_decide(differences, margin=MARGIN, looks=1):
     """How many seeds would decide what these do not, 2000 at most, if mean and spread stayed as they are: then the odds
     of a verdict are about even. ValueError as of judge."""
@@ -101,6 +108,8 @@ def scores_of(x, arm, rows, digits):
             scores[mean] = statistics.fmean(row[name] for row in rows[1:] or rows)
     at_n = [row for row in rows[1:] if row["step"] == (arm.n or x.n)]
     scores |= {f"{name}@n": row[name] for row in at_n for name in STAGED if name in row}
+    if rows[1:] and "accuracy" in rows[0]:
+        scores["took"] = crossing([row["step"] for row in rows], [row["accuracy"] for row in rows], x.threshold)
     kept = x.curves + ("tokens",) * (arm.name in x.counted) if rows[1:] else ()
     for name in kept:
         values = (row.get(name, 0) for row in rows)
@@ -192,26 +201,37 @@ class Measure:
         return judge(self.gaps(runs, arm, base), self.margin(runs), looks)
 
     def said(self, runs, arm, base, looks=1):
-        """The verdict on an arm minus a base, or on an arm if that is "", in words."""
-        return in_words(self.verdict(runs, arm, base, looks), *self.words)
+        """The verdict on an arm minus a base, or on an arm if that is "", in words. Of times also whether a signed-rank
+        test at 5% alone does not bear it out."""
+        said = in_words(self.verdict(runs, arm, base, looks), *self.words)
+        differs = said.startswith(self.words[:2])
+        return said + ", not by ranks" * (self.timed and differs and not by_ranks(self.gaps(runs, arm, base)))
+
+
+def crossing(looks, accuracies, threshold):
+    """Updates until accuracy is at the threshold, linear between two looks; those of the last look if it never is."""
+    there = next((i for i, accuracy in enumerate(accuracies) if accuracy >= threshold), None)
+    if there is None:
+        return looks[-1]
+    return float(np.interp(threshold, *(values[max(0, there - 1) : there + 1] for values in (accuracies, looks))))
 
 
 def time_to(threshold):
-    """Updates until held-out accuracy reaches it at a look; all of the run's where it does not."""
+    """Updates until held-out accuracy reaches it; all of the run's where it does not."""
 
     def took(runs, arm, seed):
-        curve = zip(runs.x.looks, runs.curve(arm, seed), strict=True)
-        return next((step for step, accuracy in curve if accuracy >= threshold), runs.x.rl_steps)
+        return crossing(runs.x.looks, runs.curve(arm, seed), threshold)
 
     return Measure(f"updates to {threshold:g}", took, ".1f", ("slower", "faster", "as fast"), timed=True)
 
 
 def area(runs, arm, seed):
-    """Mean accuracy at the looks up to plain RL's time of that seed, or at the first."""
+    """Mean accuracy at the looks until plain RL of that seed is there, at one at least."""
     if ("rl", seed) not in runs.rows:
         return None
-    until = max(time_to(runs.x.threshold).of(runs, "rl", seed), runs.x.looks[1])
-    return statistics.fmean(a for step, a in zip(runs.x.looks, runs.curve(arm, seed), strict=True) if 0 < step <= until)
+    looks, until = runs.x.looks, time_to(runs.x.threshold).of(runs, "rl", seed)
+    last = max(1, next(i for i, step in enumerate(looks) if step >= until))
+    return statistics.fmean(runs.curve(arm, seed)[1 : last + 1])
 
 
 FAST = ("faster", "slower", "as fast")

@@ -12,7 +12,7 @@ from tiny_runs import tiny
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
-from experiments import arms, real_model, report, toy
+from experiments import arms, claims, real_model, report, toy
 from experiments.arms import START, WAYS, Arm, some, stages, train_as
 from experiments.judges import KeptAdam, coin_flips, log_probability, self_certainty
 from experiments.scores import load, speed
@@ -43,7 +43,7 @@ def test_the_arms_and_their_rates_are_what_the_pages_say():
 
 def test_how_fast_is_asked_at_the_thresholds_of_the_rules_after_every_update():
     """0.9; from the start that cannot add yet 0.3 and 0.5; in SmolLM2 0.6."""
-    for name in (*report.ASKED.keys() - {"real-both"}, "real-again", "real-gpu"):
+    for name in (*claims.ASKED.keys() - {"real-both"}, "real-again", "real-gpu"):
         x = report.EXPERIMENTS[name]
         thresholds = ["0.6"] if name.startswith("real") else ["0.3", "0.5"] if "learning" in name else ["0.9"]
         assert [m.heading for m in speed(x)][:-3] == [f"updates to {t}" for t in thresholds] and x.every == 1, name
@@ -168,6 +168,15 @@ def test_what_was_best_on_its_own_seeds_is_what_is_run_on_others(start):
     assert used.arms == [*some("rl"), *alone, *chosen, everything]
     assert again.arms == best_of_each(mapped, lambda arm: arm.name.rpartition("-")[0])
     assert min(tuning.x.seeds) >= 100 > max(used.seeds) and min(again.seeds) > max(mapped.x.seeds)
+
+
+def test_each_way_at_its_best_has_the_rates_that_came_first_to_the_threshold():
+    """By the rule of rules.md, on seeds of its own; W last and spread have CF-RL's, the body alone plain RL's."""
+    tuning, used = load(arms.EXPERIMENTS["best-tuning"]), arms.EXPERIMENTS["best"]
+    ways = itertools.groupby(tuning.x.arms, lambda arm: arm.name.partition("-0.")[0])
+    chosen = [min(each, key=lambda arm: sum(tuning.values(arm.name, "took"))) for _, each in ways]
+    assert used.arms == arms.best(*((arm.lr, arm.rate) for arm in chosen))
+    assert max(tuning.x.seeds) < min(used.seeds)
 
 
 def test_smollm2_has_the_rates_that_were_best_over_ten_updates():

@@ -92,7 +92,7 @@ def test_what_a_run_wrote_is_kept_as_its_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "DATA", tmp_path)
     scores.keep(x, tmp_path)
     kept = scores.load(x)
-    last = {"accuracy": 1.333, "top": 4, "run": 1.0, "accuracy curve": "0 0.6667 1.333", "seed": 0}
+    last = {"accuracy": 1.333, "top": 4, "run": 1.0, "took": 2.7, "accuracy curve": "0 0.6667 1.333", "seed": 0}
     assert kept.rows["rl", 0] == last | {"arm": "rl", "accuracy@n": 0.6667}
     assert kept.rows["own", 0] == last | {"arm": "own", "accuracy@n": 1.333, "tokens curve": "0 14 28"}
     assert kept.rows["sft", 0] == {"arm": "sft", "seed": 0, "accuracy": 0, "top": 0, "run": 0} and len(kept.rows) == 3
@@ -112,20 +112,24 @@ def test_gaps_are_paired_by_seed():
 
 
 def test_the_time_is_the_first_update_at_the_threshold_and_the_area_is_up_to_plain_rl_s_time_of_the_same_seed():
-    """A rise of .25 is at .5 after 2 updates, one of .125 after 4; one of .03 never gets there in 10, and counts with
-    all of them. What is there already takes none, and then the area is of one look. Of a rise of .1 the means are (.1 +
-    .2) / 2 and (.1 + ... + .4) / 4; and seed 4 has no plain RL."""
-    r = made_up(rl=rising(0.25, 0.125, 0.03) + curves([0.9] * 11), slow=rising(*[0.1] * 5))
-    assert r.values("rl", time_to(0.5).of) == [2, 4, 10, 0] and time_to(0.5).margin(r) == pytest.approx(0.1 * 4)
-    assert r.score("slow", AREA.of) == pytest.approx({0: 0.15, 1: 0.25, 2: 0.55, 3: 0.1})
+    """A rise of .2 is at .5 after 2.5 updates, between two looks, one of .125 after 4; one of .03 never gets there in
+    10, and counts with all of them. What is there already takes none, and then the area is of one look. Of a rise of .1
+    the means are (.1 + .2 + .3) / 3 and (.1 + ... + .4) / 4; and seed 4 has no plain RL."""
+    r = made_up(rl=rising(0.2, 0.125, 0.03) + curves([0.9] * 11), slow=rising(*[0.1] * 5))
+    assert r.values("rl", time_to(0.5).of) == pytest.approx([2.5, 4, 10, 0])
+    assert time_to(0.5).margin(r) == pytest.approx(0.1 * 4.125)
+    assert r.score("slow", AREA.of) == pytest.approx({0: 0.2, 1: 0.25, 2: 0.55, 3: 0.1})
 
 
 def test_fewer_updates_and_more_accuracy_are_both_faster_and_words_say_where_a_margin_hides_it():
-    r = made_up(rl=rising(0.08, 0.08), fast=rising(0.25, 0.25), near=curves(*[[0.81] * 11] * 2))
+    """And where a verdict on times is not borne out by ranks, as with fewer than six seeds it cannot be."""
+    r = made_up(rl=rising(*[0.08] * 6), fast=rising(*[0.25] * 6), near=curves(*[[0.81] * 11] * 6))
     said = {pair: [m.said(r, *pair) for m in scores.speed(X)] for pair in itertools.product(("rl", "fast"), repeat=2)}
     assert said["fast", "rl"] == ["faster"] * 3 + ["higher"] and said["rl", "fast"] == ["slower"] * 3 + ["lower"]
     assert said["rl", "rl"] == ["as fast"] * 3 + ["equal"]
     assert END.said(r, "near", "rl") == "higher, by less than the margin"
+    few = made_up(rl=rising(*[0.08] * 5), fast=rising(*[0.25] * 5))
+    assert time_to(0.5).said(few, "fast", "rl") == "faster, not by ranks"
 
 
 WAITS, GAINS, LONG = rising(0.1, wait=4), rising(0.1), rising(0.1, tokens=20)  # stage 1 has 4 updates

@@ -146,7 +146,7 @@ def test_when_all_samples_push_with_positive_weight_a_sampled_token_is_pushed_mo
     assert pushed.argmax().item() in sampled
 
 
-@given(own=logits(states=2, bound=40.0), c=steps)
+@given(own=logits(states=2), c=steps)
 def test_a_centred_group_pushes_with_positive_weights_where_an_inner_product_is_negative(own, c):
     """Advantages (1, -1) and inner products (c, -c) make both weights c, as advantages (1, 1) and (c, c) would. With
     inner products that are all positive a centred group has a negative weight, or none at all."""

@@ -70,10 +70,11 @@ def test_what_a_run_prints_is_a_screen_of_80_ascii_columns(quick):
 
 
 def test_the_readme_s_capture_has_the_layout_of_what_is_printed(quick):
-    """Numbers aside; and its table is about the same policies."""
+    """Numbers aside, but for the accuracy that is asked for; and its table is about the same policies."""
     captured = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "policy   accuracy" in block)
     heading = next(line for line in quick[1].splitlines() if line.startswith("policy"))
     assert rows(captured) == rows(quick[1]) and heading in captured.splitlines()
+    assert f"Updates to accuracy {train_toy.THRESHOLD} on" in captured
 
 
 # ----------------------------------------------------------------------------------------------------- what it measures
@@ -101,6 +102,7 @@ def test_the_control_differs_from_cf_rl_in_the_freezing_alone():
         "cf-rl": (Stage(20, "classifier", 8e-3), Stage(60, "all", 4e-4)),
         "control": (Stage(20, "all", 4e-4, classifier_lr=8e-3), Stage(60, "all", 4e-4)),
     }
+    assert (train_toy.PROMPTS, train_toy.SAMPLES) == (RLConfig.prompts, RLConfig.samples) == (32, 8)
     (alone, rest), (free, same) = ARMS["cf-rl"], ARMS["control"]
     assert rest == same and alone.steps == free.steps and alone.lr == free.classifier_lr
     assert sum(stage.steps for stage in ARMS["rl"]) == alone.steps + rest.steps

@@ -1,9 +1,8 @@
 """Break the code on purpose, one place at a time, and expect a claim to fall: python tests/mutants.py [WORD ...]
 
 mutants.csv beside the tests has a row for each: the file, a text in it, what replaces it, and the test that must turn
-red. A mutant that no test of that file notices is a claim that nobody checks, and the exit code says whether there is
-one. With WORDs only the rows that hold them all are run. Where another test falls than the row says, its name is
-written into the row. All rows take about ten minutes on two cores.
+red. A mutant that no test of that file notices is a claim that nobody checks: the exit code says whether there is one.
+With WORDs only the rows that hold them all are run. Where another test falls than the row says, the row is rewritten.
 """
 
 import concurrent.futures

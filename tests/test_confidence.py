@@ -203,8 +203,7 @@ def test_through_the_gradient_component_another_token_can_be_pushed_most():
 def test_a_sample_of_the_likeliest_token_lowers_entropy_at_every_state_where_it_is_likeliest(drawn, data, c):
     """c > 0, y = argmax pi(x), any pi_i. dH = c (sum_j pi_i(j) S_j - S_y), and S_y is the maximum of S: where
     log pi_a + H < 0 S is negative, and elsewhere it is a product of two factors that grow with pi_a. It holds at
-    any step size, because y stays the likeliest on the whole way; and for any pi_i. Top-1 is pi(y) there, which rises.
-    """
+    any step size, as y stays the likeliest on the whole way, and for any pi_i. Top-1 is pi(y) there, which rises."""
     at, y, _ = drawn
     cg = push(data.draw(logits(V=(len(at), len(at)))), y, c)
     assert d_entropy(at, cg) < 0

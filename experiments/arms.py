@@ -239,6 +239,7 @@ LISTED = {
     "tuning": TUNING,
     "tuning-learning": TUNING | UNTAUGHT,
     "best-tuning": TRIED,
+    "best-tuning-learning": TRIED | UNTAUGHT | dict(rl_steps=160, threshold=0.3),
     "best": AT_BEST | dict(arms=best((6e-4, None), (8e-4, 40), (6e-4, 40), (6e-4, 40))),
     "parts": dict(measures="accuracy", arms=parts_arms(W_rate=100)),
     "parts-learning": UNTAUGHT | dict(measures="accuracy", arms=parts_arms(W_rate=20)),

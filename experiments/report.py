@@ -75,8 +75,7 @@ AT_THE_END, MORE = replace(ACCURACY, heading="alone, at the end"), ("more", "les
 THROUGH_W = Measure("through W", claims.row(lambda r: r["confidence_by_W"] / r["confidence_change"]), ".0%")
 SCALED = [f"{arm}{a}" for arm in ("rl-sgd", "rl") for a in ("@a0.5", "", "@a2")]
 SHOWN = "sft rl cf-rl control rl-sgd random-reward random-reward-sgd".split()
-FAST, W_ALONE, *FASTER = (arm.name for arm in (real_model.FAST, real_model.W_ALONE, *real_model.ALL_FAST))
-REAL_SHOWN = ("rl", "cf-rl", "control", FAST, W_ALONE, FASTER[0])
+REAL_SHOWN = ("rl", "cf-rl", "control", claims.FAST_REAL, claims.W_ALONE, claims.FASTER[0])
 
 
 OF_SIZES = [("cf-rl", "rl"), ("control", "rl"), ("cf-rl", "control")]
@@ -128,7 +127,7 @@ def part_rows(runs, W_rate):
 def real_part_rows(real, parts):
     """The same parts of SmolLM2, W and everything, alone."""
     runs, named = Runs(real.x, [*real.rows.values(), *parts.rows.values()]), {a.part: a.name for a in parts.x.arms}
-    alone = [*(named[real_model.PARTS[part]] for part in CHOSEN), W_ALONE, "rl"]
+    alone = [*(named[real_model.PARTS[part]] for part in CHOSEN), claims.W_ALONE, "rl"]
     return means(runs, [replace(AT_THE_END, heading="SmolLM2: alone")], alone)
 
 

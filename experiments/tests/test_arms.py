@@ -171,15 +171,18 @@ def test_what_was_best_on_its_own_seeds_is_what_is_run_on_others(start):
 
 
 def test_each_way_at_its_best_has_the_rates_that_came_first_to_the_threshold():
-    """By the rule of rules.md, on seeds of its own; W last and spread have CF-RL's, the body alone plain RL's."""
-    tuning, used = load(arms.EXPERIMENTS["best-tuning"]), arms.EXPERIMENTS["best"]
-    ways = itertools.groupby(tuning.x.arms, lambda arm: arm.name.partition("-0.")[0])
-    chosen = [min(each, key=lambda arm: sum(tuning.values(arm.name, "took"))) for _, each in ways]
+    """By the rules of rules.md, where the other start's stand; W last and spread have CF-RL's, the body plain RL's."""
+    chosen, used = {}, arms.EXPERIMENTS["best"]
+    for name in ("best-tuning", "best-tuning-learning"):
+        ways = itertools.groupby((tuning := load(arms.EXPERIMENTS[name])).x.arms, lambda x: x.name.partition("-0.")[0])
+        chosen[name] = [min(each, key=lambda arm: sum(tuning.values(arm.name, "took"))) for _, each in ways]
     rates = {arm.name: (arm.lr, arm.rate) for arm in used.arms}
-    assert [*rates.values()][:4] == [(arm.lr, arm.rate) for arm in chosen]
+    assert [*rates.values()][:4] == [(arm.lr, arm.rate) for arm in chosen["best-tuning"]]
     assert rates["classifier-last"] == rates["spread"] == rates["cf-rl"]
     assert rates["body-only"] == rates["body-first"] == (rates["rl"][0], 1)
     assert max(tuning.x.seeds) < min(used.seeds)
+    page = (report.HERE / "rules.md").read_text(encoding="utf-8")
+    assert all(f"`{arm.name}`" in page for arm in chosen["best-tuning-learning"])
 
 
 def test_smollm2_has_the_rates_that_were_best_over_ten_updates():

@@ -176,16 +176,13 @@ adagrad = lambda m: (torch.optim.Adagrad(m.parameters()), None)  # noqa: E731
 tensor = lambda m: (torch.optim.AdamW([{"params": [*m.parameters()], "d": torch.ones(1)}]), None)  # noqa: E731
 fsdp = dict(alter=lambda trainer: setattr(trainer.args, "fsdp", "full_shard"))
 as_is = lambda m: None  # noqa: E731
+frozen = lambda m: setattr(m.lm_head.weight, "requires_grad", False)  # noqa: E731
 REFUSED = {
     "tied": (lambda m: setattr(m.lm_head, "weight", m.transformer.wte.weight), {}, "is tied to transformer.wte, which"),
     "one storage": (share, {}, "the classifier is tied to transformer.wpe, which"),
     "no classifier": (lambda m: setattr(m, "get_output_embeddings", lambda: None), {}, "has no output embedding"),
     "frozen head": (lambda m: adapted(None), {}, r"is frozen: .* LoraConfig\(modules_to_save=\['lm_head'\]\)"),
-    "frozen": (
-        lambda m: setattr(m.lm_head.weight, "requires_grad", False),
-        {},
-        "is frozen or unknown to the optimiser",
-    ),
+    "frozen": (frozen, {}, "is frozen or unknown to the optimiser"),
     "too long": (as_is, dict(steps=6), "classifier_steps=6 is more than max_steps=5"),
     "no whole number": (as_is, dict(steps=2.5), "must be a whole number of at least 0, not 2.5"),
     "negative": (as_is, dict(rates=rated(steps=-1)), "must be a whole number of at least 0, not -1"),

@@ -161,7 +161,7 @@ def answers(results):
         column = [f"{start}: {first:.2f} to {runs.x.threshold:g}, {seeds} seeds", time.mean(runs, "rl")]
         for arm in arms:
             never = sum(max(runs.curve(arm, seed)) < runs.x.threshold for seed in runs.score(arm, "run"))
-            told = f"{time.said(runs, arm, 'rl', looks)}" + f", {never} never" * (never > 0)
+            told = time.said(runs, arm, "rl", looks) + f", {never} never" * (never > 0)
             column.append(f"{time.mean(runs, arm)}, {told}")
         column.append(END.said(runs, "cf-rl", "classifier-last", looks))
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
@@ -212,9 +212,9 @@ PINS = (
     *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
     ("real-again", "cf-rl", "rl", TO_6, 2, "more"),
-    ("real", "control", "rl", TO_6, 6, "less"),
-    ("real-gpu", "control", "rl", TO_6, 6, "undecided"),
-    *((name, FAST_REAL, "rl", TO_6, 6, "less") for name in ("real", "real-gpu")),
+    ("real", "control", "rl", TO_6, len(OF_REAL), "less"),
+    ("real-gpu", "control", "rl", TO_6, len(OF_REAL), "undecided"),
+    *((name, FAST_REAL, "rl", TO_6, len(OF_REAL), "less") for name in ("real", "real-gpu")),
     *(("real", FASTER[0], base, TO_6, "less") for base in ("rl", FAST_REAL)),
     ("real", "cf-rl-8x200", "cf-rl", TO_6, 7, "more"),
 )

@@ -148,8 +148,8 @@ def size_rows(runs):
 
 def sections(R, update):
     """{name of a report mark: what the pages show there}, from {experiment: runs}."""
-    tables = {name: compared(R[name], speed(R[name].x), asked) for name, asked in claims.ASKED.items()}
-    tables["best"] = compared(R["best"], (*map(time_to, (0.85, 0.9, 0.95)), RUN, END), claims.ASKED["best"])
+    columns = {name: speed(R[name].x) for name in claims.ASKED} | {"best": (*map(time_to, (0.85, 0.9, 0.95)), RUN, END)}
+    tables = {name: compared(R[name], columns[name], asked) for name, asked in claims.ASKED.items()}
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),

@@ -112,7 +112,6 @@ def test_every_arm_starts_from_the_same_policy_whatever_knob_is_turned(tmp_path)
     W, the other makes features alike."""
     ways = [*some("spread"), Arm("a", knob=("a", 2)), Arm("s", knob=("s", 2))]
     x = tiny([replace(way, lr=0.0) for way in ways], tilt=(0, 0, 1), measures="all", prompts=2, rl_steps=2)
-    (tmp_path / "locks").mkdir()
     start, *ends = ([*toy.rows_of(x, tmp_path, 0, arm)][-1] for arm in (START, *x.arms))
     assert start["share_g"] > 0.8  # of demonstrations without a tilt .3 are guesses
     for row in ends:

@@ -143,8 +143,7 @@ class Experiment:
     prompts: int = 64  # of a look, held out
     last_prompts: int = 256  # of the first and the last one
     measures: str = "all"  # or few, or accuracy
-    curves: tuple = ()  # what is kept of every look,
-    counted: tuple = ()  # and of these arms also the tokens
+    curves: tuple = ()  # what is kept of every look
     threshold: float = 0.9
 
     def __post_init__(self):
@@ -187,18 +186,11 @@ def check_parts(x, names):
 # -------------------------------------------------------------------------------------------------- the experiments
 
 
-UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet
+UNTAUGHT = dict(sft_steps=300)  # a start that does not know how to add yet,
+SLOW = UNTAUGHT | dict(rl_steps=160, threshold=0.3)  # and learns it slowly
+HALVES = dict(curves=("accuracy_even", "accuracy_odd", "share_s"), seeds=range(600, 605))
+HALVES |= dict(rl_steps=160, prompts=128, last_prompts=128)
 CURVED, SHARES = dict(curves=("accuracy",)), dict(curves=("accuracy", "share_s"))
-SPEED = CURVED | dict(seeds=range(10), measures="accuracy", every=1, counted=("rl", "cf-rl", "control"))
-SPEED |= dict(arms=some("rl cf-rl control classifier-last spread fast-classifier cf-rl-same-lr"))
-MAPPED = ("cf-rl", "control", "classifier-last", "spread")
-CELLS = list(itertools.product((8, 32), (5, 40)))  # n, rate of W
-MAP = dict(seeds=range(10), measures="accuracy", every=2, prompts=32)
-MAP["arms"] = some("rl") + [at(way, rate, n) for way in MAPPED for n, rate in CELLS]
-MAP["arms"] += [at("fast-classifier", rate) for rate in (5, 40)]
-# What was best on a map, each way to spend two rates, and what has its cf-rl's own cell: on seeds that chose nothing.
-AGAIN = CURVED | dict(seeds=range(10, 30), measures="accuracy", every=1)
-BEST = some("rl") + [at(way, 40, 32) for way in MAPPED]
 # Each part alone, at some multiples of plain RL's rate, and what that chose: the same from both starts, but for W.
 TUNING = dict(seeds=range(100, 103), measures="accuracy", every=8)
 TUNING["arms"] = [only(part, rate) for part in PARTS for rate in (1, 5, 20, 100)]
@@ -230,26 +222,24 @@ CONTROLS = some("rl cf-rl control cf-rl-same-lr classifier-only")
 LISTED = {
     "confidence": CURVED | dict(arms=CONTROLS + some("rl-sgd random-reward random-reward-sgd")),
     "learning": UNTAUGHT | dict(arms=CONTROLS, rl_steps=160),
-    "speed": SPEED,
-    "speed-learning": SPEED | UNTAUGHT | dict(rl_steps=160, threshold=0.3),
-    "order": MAP,
-    "order-learning": MAP | UNTAUGHT,
-    "order-again": AGAIN | dict(arms=[*BEST, at("fast-classifier", 40)]),
-    "order-learning-again": AGAIN | UNTAUGHT | dict(arms=[*BEST, at("fast-classifier", 5)], threshold=0.3),
     "tuning": TUNING,
     "tuning-learning": TUNING | UNTAUGHT,
     "best-tuning": TRIED,
-    "best-tuning-learning": TRIED | UNTAUGHT | dict(rl_steps=160, threshold=0.3),
+    "best-tuning-learning": TRIED | SLOW,
     "best": AT_BEST | dict(arms=best((6e-4, None), (8e-4, 40), (6e-4, 40), (6e-4, 40))),
+    "best-learning": AT_BEST
+    | SLOW
+    | dict(seeds=range(600, 620), every=2)
+    | dict(arms=best((4e-4, None), (4e-4, 40), (4e-4, 15), (4e-4, 15))),
     "parts": dict(measures="accuracy", arms=parts_arms(W_rate=100)),
     "parts-learning": UNTAUGHT | dict(measures="accuracy", arms=parts_arms(W_rate=20)),
     "variability-sgd": dict(arms=ALIKE, rl_steps=40, measures="few", lr=0.02, rl=SGD),
     "scale": dict(arms=SCALED, measures="few"),
     "classifier": CURVED | UNTAUGHT | dict(arms=some("rl cf-rl control") + [first("body", 1)]),
     "lp-ft": UNTAUGHT | dict(arms=some("rl cf-rl ft lp-ft")),
-    "regime-1": SHARES | dict(arms=CERTAIN, tilt=(0.05, 0.45, 0.5), rl_steps=160, every=16),
+    "regime-1": HALVES | dict(arms=CERTAIN, tilt=(0.05, 0.45, 0.5)),
     "regime-2": SHARES | dict(arms=some("rl rl-sgd sft-rl-sgd"), tilt=(0.8, 0.01, 0.19), rl_steps=300, every=10),
-    "rlif": CURVED | dict(arms=some("self-certainty self-certainty-sgd log-probability"), rl_steps=160, every=8),
+    "rlif": HALVES | dict(arms=some("self-certainty self-certainty-sgd log-probability")),
 }
 # Features and blocks; the rest at 256 by the rule in results.md.
 for d, layers in ((32, 2), (64, 2), (64, 4), (128, 2), (256, 2)):

@@ -8,9 +8,9 @@ report refuses to contradict.
 import statistics
 from itertools import product
 
-from experiments.arms import ALIKE, MAPPED, at
+from experiments.arms import ALIKE
 from experiments.real_model import ALL_FAST, FAST, W_ALONE
-from experiments.scores import AREA, COSTS, END, MARGIN, RUN, Measure, at_equal, time_to
+from experiments.scores import END, MARGIN, RUN, Measure, time_to, unpaid
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
 
@@ -43,17 +43,19 @@ def dip(runs, arm, seed):
     return 0.95 - lowest(runs, arm, seed) / runs.rows["sft", seed]["share_s"]
 
 
-def gain(half):
-    """The change of accuracy in a half of the run. (At its best a curve is above its ends by noise.)"""
+def gain(after):
+    """The change of accuracy on odd prompts, up to the peak or after it: the look, after the start, at which it is
+    highest on even ones. (On the prompts that chose the look, noise alone would make a peak.)"""
 
     def gained(runs, arm, seed):
-        curve, middle = runs.curve(arm, seed), runs.x.looks.index(runs.x.rl_steps // 2)
-        return (curve[middle] - curve[0], curve[-1] - curve[middle])[half]
+        even, odd = (runs.curve(arm, seed, f"accuracy_{prompts}") for prompts in ("even", "odd"))
+        peak = max(range(1, len(even)), key=even.__getitem__)
+        return (odd[peak] - odd[0], odd[-1] - odd[peak])[after]
 
     return gained
 
 
-free, GROWTH = at_equal(COSTS["stage 1 for free"]), row(lambda r: r["kernel_G_by_W@n"] - 1)
+GROWTH = row(lambda r: r["kernel_G_by_W@n"] - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- papers
@@ -71,22 +73,37 @@ def same_marks(*said):
     return "undecided" if "undecided" in said else "its marks differ"
 
 
+def depends(*said):
+    """On W, in a start: whether the body alone is slower over the run, and lower at the end (rules.md)."""
+    words = []
+    for over_the_run, at_the_end in zip(said[::2], said[1::2], strict=True):
+        decided = over_the_run.startswith("slower") and at_the_end.startswith("lower")
+        neither = {over_the_run, at_the_end}.isdisjoint({"undecided", "slower", "lower"})
+        words.append("yes" if decided else "no" if neither else f"{over_the_run}, {at_the_end}")
+    return "from one start {}, from the other {}".format(*words)
+
+
 VARIED, ALIKE_AT_ONE, ALIKE_KEPT = (ALIKE[i].name for i in (0, 2, 5))
 THROUGH_W = yes(more_than_half("confidence_by_W", "confidence_change"), less="no", margin=0)
-HALVES = [yes(gain(half), "helps", "harms") for half in (0, 1)]
+PEAK = [Measure(of, gain(i), words=("helps", "harms", "equal")) for i, of in enumerate(("to the peak", "after it"))]
+CERTAIN = (("regime-1", "self-certainty"), ("rlif", "self-certainty"), ("rlif", "self-certainty-sgd"))
 # paper: claim; what the pages say; a text for the verdicts; questions
 PAPERS = (
+    ("1: effective learning depends on rapidly shaping W", "from one start yes, from the other yes", depends,
+     *((name, "body-only", "rl", measure) for name in ("best", "best-learning") for measure in (RUN, END))),
     ("1: RL makes a policy more confident (top-1 probability)", "yes", "{}",
      ("confidence", "rl", "sft", yes("confidence"))),
-    ("1: and less diverse (than imitation, at equal accuracy)", "yes", "{}",
+    ("1: and less diverse (than imitation; which of them is more accurate is undecided)", "yes", "{}",
      ("lp-ft", "ft", "rl", yes("different_answers", margin=0))),
     ("1: confidence rises through R, by moving W (in this parametrisation)", "SGD yes, Adam undecided",
      "SGD {}, Adam {}", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
-    ("1: because features vary little", "one rate yes, matched rates no", "one rate {}, matched rates {}",
+    ("1: because features vary little", "SGD: at one rate yes, at matched rates no",
+     "SGD: at one rate {}, at matched rates {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
-    ("1: W shapes G, so that stage 2 learns faster", "G grows; faster: undecided", "{}; faster: {}",
-     ("classifier", "cf-rl", "", yes(GROWTH, "G grows", "G shrinks", margin=0)),
+    ("1: W shapes G, so that stage 2 learns faster", "G grows: yes, the control's: yes; faster: undecided",
+     "G grows: {}, the control's: {}; faster: {}",
+     *(("classifier", arm, "", yes(GROWTH, margin=0)) for arm in ("cf-rl", "control")),
      ("classifier", "cf-rl", "", yes(stage_2_lead, equal="no"))),
     ("1: part of the gain is concentration: best-of-N catches up", "yes", "{}",
      ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"])))),
@@ -101,17 +118,23 @@ PAPERS = (
      ("regime-1", "rl-sgd", "sft", yes("share_s"))),
     ("2: if a mediocre one beats it too, it first crowds the best out", "SGD yes, Adam undecided", "SGD {}, Adam {}",
      ("regime-2", "rl-sgd", "", yes(dip)), ("regime-2", "rl", "", yes(dip, less="no"))),
-    ("2: imitating the best pattern first shortens that", "yes", "{}",
-     ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy"))),
-    ("2: RL on the policy's own certainty first helps, then harms", "first undecided, then harms; else undecided",
-     "first {}, then {}; else {}", *(("regime-1", "self-certainty", "", half) for half in HALVES),
-     ("rlif", "self-certainty", "", HALVES[0])),
+    ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
+     ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
+    ("2: RL on the policy's own certainty first helps, then harms",
+     "rare d helps, then harms; else undecided, then harms; SGD helps, then harms",
+     "rare d {}, then {}; else {}, then {}; SGD {}, then {}",
+     *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
 
+def family(name, measure):
+    """With how many questions one of PAPERS is asked together: an arm's two, those of its table, or all others."""
+    others = [of for _, _, _, *asked in PAPERS for of, _, _, how in asked if of not in ASKED and how not in PEAK]
+    return len(PEAK if measure in PEAK else ASKED.get(name, others))
+
+
 def verdict(results, text, questions):
-    together = sum(len(asked) for _, _, _, *asked in PAPERS)
-    said = [measure.said(results[name], arm, base, together) for name, arm, base, measure in questions]
+    said = [measure.said(results[name], *arms, family(name, measure)) for name, *arms, measure in questions]
     return text(*said) if callable(text) else text.format(*said)
 
 
@@ -126,44 +149,29 @@ def papers(results):
 # ------------------------------------------------------------------------------------------------------ our own pages
 
 
-def best_pairs(rate):
-    """What fresh seeds decide: the best cf-rl and the best constant rates against plain RL; and that cf-rl against
-    those constant rates, and against what has its own cell."""
-    best, *beside, constant = (arm.name for arm in (*(at(way, 40, 32) for way in MAPPED), at("fast-classifier", rate)))
-    return [(best, base) for base in ("rl", constant, *beside)] + [(constant, "rl")]
-
-
 # What is compared in an experiment, as (arm, base). It is one family: all of a column is asked together, whichever page
 # says what came of a pair.
 FAST_REAL, W_ALONE, *FASTER = (arm.name for arm in (FAST, W_ALONE, *ALL_FAST))
-OF_SPEED = [*product(("cf-rl", "control", "fast-classifier", "cf-rl-same-lr"), ["rl"])]
-OF_SPEED += product(["cf-rl"], ("control", "classifier-last", "spread", "fast-classifier"))
 OF_REAL = [(arm, "rl") for arm in ("cf-rl", "control", FAST_REAL)]
 OF_REAL += [("cf-rl", base) for base in ("control", "classifier-last", FAST_REAL)]
 LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST_REAL])]
 OF_BEST = [*product(("cf-rl", "control", "fast-classifier", "body-only", "body-first"), ["rl"])]
 OF_BEST += product(["cf-rl"], ("control", "fast-classifier", "classifier-last", "spread"))
-ASKED = {"speed": OF_SPEED, "speed-learning": OF_SPEED, "real-both": OF_REAL, "real": LATER, "best": OF_BEST}
-ASKED |= {"order-again": best_pairs(40), "order-learning-again": best_pairs(5)}
-STARTS = {"speed": "toy that can add", "speed-learning": "toy that cannot yet", "real-both": "SmolLM2"}
-FAST_W = {"speed": "fast-classifier", "speed-learning": "fast-classifier", "real-both": FAST_REAL}
-LABELS = ("CF-RL", "control: CF-RL's rates, nothing frozen", "W fast throughout, nothing frozen")
+ASKED = {"best": OF_BEST, "best-learning": OF_BEST, "real-both": OF_REAL, "real": LATER}
+STARTS = {"best": "toy that can add", "best-learning": "toy that cannot yet", "real-both": "SmolLM2"}
 
 
 def answers(results):
-    """The first table: how many updates each way takes, in the toy and in a real model, and whether W first is better
-    than W last. All that a column asks is asked together."""
-    rows = [[""], ["plain RL"], *([label] for label in LABELS), ["CF-RL against W last, accuracy at the end"]]
+    """The first table: how many updates each way takes, and CF-RL against its control, as one of the family."""
+    rows = [[""], ["plain RL"], ["CF-RL"], ["control: nothing frozen"], ["CF-RL against its control"]]
     for name, start in STARTS.items():
-        runs, arms = results[name], ("cf-rl", "control", FAST_W[name])
+        runs, column = results[name], []
         time, first = time_to(runs.x.threshold), statistics.fmean(runs.values("sft", "accuracy"))
-        seeds, looks = len(runs.score("rl", "run")), len(ASKED[name])
-        column = [f"{start}: {first:.2f} to {runs.x.threshold:g}, {seeds} seeds", time.mean(runs, "rl")]
-        for arm in arms:
+        for arm in ("rl", "cf-rl", "control"):
             never = sum(max(runs.curve(arm, seed)) < runs.x.threshold for seed in runs.score(arm, "run"))
-            told = time.said(runs, arm, "rl", looks) + f", {never} never" * (never > 0)
-            column.append(f"{time.mean(runs, arm)}, {told}")
-        column.append(END.said(runs, "cf-rl", "classifier-last", looks))
+            column.append(time.mean(runs, arm) + f", {never} never" * (never > 0))
+        heading = f"{start}: {first:.2f} to {runs.x.threshold:g}, {len(runs.score('rl', 'run'))} seeds"
+        column = [heading, *column, time.said(runs, "cf-rl", "control", len(ASKED[name]))]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
 
@@ -172,43 +180,41 @@ def answers(results):
 
 # experiment, arm, base, measure; how many questions were asked together, if these are not its ASKED; what `judge` says.
 # (Fewer updates are "less".)
-TO_9, TO_6, RISE = time_to(0.9), time_to(0.6), Measure("rise of top-1", "confidence_change")
+TO_9, TO_6, TO_3, RISE = time_to(0.9), time_to(0.6), time_to(0.3), Measure("rise of top-1", "confidence_change")
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
 R_ALONE = yes(row(lambda r: r["agreement_continuation"] - 0.5))
 SIZES = {"32x2": "undecided", "64x4": "equal", "128x2": "equal", "256x2": "undecided"}
 PINS = (
-    *(("speed", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
-    ("speed", "cf-rl", "control", TO_9, "more"),
-    ("speed", "cf-rl", "", yes(at_equal(COSTS["stage 1 for free"], "control")), 8, "more"),
-    ("speed", "cf-rl", "classifier-last", END, "equal"),
-    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("speed-learning", "real-both")),
-    ("speed-learning", "cf-rl", "rl", AREA, "more"),
-    ("speed-learning", "cf-rl", "control", AREA, "undecided"),
-    ("best", "cf-rl", "control", TO_9, "equal"),
-    ("best", "cf-rl", "control", RUN, "less"),
+    *(("best", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
+    *(("best", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"), (END, "undecided"))),
+    *(("best", "cf-rl", "spread", *each) for each in ((TO_9, "less"), (RUN, "undecided"), (END, "undecided"))),
     ("best", "body-first", "rl", TO_9, "more"),
-    *(("best", "body-only", "rl", measure, "less") for measure in (RUN, END)),
+    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("best", "real-both")),
+    *(("best-learning", arm, "rl", TO_3, "undecided") for arm in ("cf-rl", "control", "fast-classifier")),
+    *(("best-learning", "cf-rl", "control", measure, "undecided") for measure in (TO_3, RUN, END)),
+    *(("best-learning", "cf-rl", base, END, "less") for base in ("classifier-last", "spread")),
+    *(
+        ("best-learning", *pair, RUN, said)
+        for *pair, said in (("fast-classifier", "rl", "more"), ("cf-rl", "fast-classifier", "less"))
+    ),
+    ("confidence", "cf-rl-same-lr", "rl", RUN, 1, "less"),
     ("confidence", "random-reward", "", RISE, 1, "undecided"),
     ("confidence", "random-reward-sgd", "sft", END, 1, "equal"),
     ("confidence", "rl", "", OVER_THE_REST, 1, "more"),
     ("learning", "rl", "", OVER_THE_REST, 1, "undecided"),
     ("learning", "classifier-only", "rl", END, 1, "less"),
-    ("order", "cf-rl-8x5", "control-8x5", END, 12, "equal"),
-    ("order-learning", "cf-rl-32x40", "control-32x40", END, 12, "undecided"),
-    ("order-again", "cf-rl-32x40", "control-32x40", AREA, "less"),
-    ("order-learning-again", "cf-rl-32x40", "control-32x40", AREA, "more"),
-    ("order-learning-again", "cf-rl-32x40", "control-32x40", RUN, "undecided"),
     ("parts", "classifier-first-x100", "rl", RUN, 8, "more"),
     ("parts", "shift-only-x100", "sft", END, 1, "more"),
-    ("classifier", "control", "", yes(GROWTH, margin=0), 1, "more"),
+    ("lp-ft", "ft", "rl", END, 1, "undecided"),
     *((f"size-{size}", "cf-rl", "control", RUN, 1, word) for size, word in SIZES.items()),
-    ("rlif", "self-certainty-sgd", "", HALVES[0], 1, "less"),
     *(("real-both", "cf-rl", base, TO_6, "more") for base in ("rl", "control", FAST_REAL)),
     ("real-both", "control", "rl", TO_6, "undecided"),
     ("real-both", FAST_REAL, "rl", TO_6, "less"),
     ("real-both", "cf-rl", FAST_REAL, END, "less"),
-    ("real-both", "cf-rl", "", yes(free), 1, "equal"),
+    *(("best", "cf-rl", "", yes(unpaid(base)), 2, said) for base, said in (("rl", "more"), ("control", "equal"))),
+    ("best-learning", "cf-rl", "", yes(unpaid("control")), 2, "more"),
+    ("real-both", "cf-rl", "", yes(unpaid("rl")), 2, "equal"),
     *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
     ("real-again", "cf-rl", "rl", TO_6, 2, "more"),

@@ -3,17 +3,18 @@
 import contextlib
 import statistics
 
-from experiments.claims import FAST_W, FASTER
+from experiments.claims import FAST_REAL, FASTER, STARTS
 
 # Okabe and Ito's colours, safe for the colour-blind.
 BLUE, RED, GREEN, PINK, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #999999".split()
 
 
-def plot_curves(axes, runs, arm, label, colour, style="-"):
-    """The median over seeds of an arm's accuracy, and a band from min to max."""
+def plot_curves(axes, runs, arm, label, colour):
+    """The median over seeds of an arm's accuracy, and a band that holds the middle half of them."""
     by_look = list(zip(*(runs.curve(arm, seed) for seed in runs.score(arm, "run")), strict=True))
-    axes.plot(runs.x.looks, [statistics.median(ys) for ys in by_look], style, color=colour, label=label)
-    axes.fill_between(runs.x.looks, *(list(map(f, by_look)) for f in (min, max)), color=colour, alpha=0.2, linewidth=0)
+    low, middle, high = zip(*(statistics.quantiles(ys, n=4, method="inclusive") for ys in by_look), strict=True)
+    axes.plot(runs.x.looks, middle, color=colour, label=label)
+    axes.fill_between(runs.x.looks, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -28,22 +29,20 @@ def panels_in(path, count, size=(8, 3.2)):
 
 
 def plot_answer(results, path):
-    """Accuracy against updates: does it help that W comes first?"""
-    titles = {"speed": "Toy: W that learns fast is what helps", "real-both": "SmolLM2: stage 1 is lost time"}
-    with panels_in(path, len(titles), size=(8, 3.4)) as panels:
-        for axes, (name, title) in zip(panels, titles.items(), strict=True):
-            runs = results[name]
+    """Accuracy against updates, from each start: does it help that W comes first, alone?"""
+    with panels_in(path, len(STARTS), size=(8, 3.4)) as panels:
+        for axes, (name, title) in zip(panels, STARTS.items(), strict=True):
+            runs, real = results[name], name.startswith("real")
+            plot_curves(
+                axes, runs, *((FASTER[0], "(here) twice the rate") if real else ("body-only", "body alone")), GREY
+            )
             plot_curves(axes, runs, "rl", "plain RL", BLUE)
             plot_curves(axes, runs, "cf-rl", "CF-RL (W first, alone)", RED)
             plot_curves(axes, runs, "control", "control (nothing frozen)", GREEN)
-            plot_curves(axes, runs, "classifier-last", "W last, alone", PINK, "--")  # plain RL, for most of the run
-            plot_curves(axes, runs, FAST_W[name], "W fast throughout", ORANGE)
-            if name == "real-both":
-                plot_curves(axes, runs, FASTER[0], "everything at twice the rate", GREY)
+            plot_curves(axes, runs, FAST_REAL if real else "fast-classifier", "W fast throughout", ORANGE)
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
-            axes.text(runs.x.n, 0.02, " end of CF-RL's stage 1", fontsize=8, color="#555555")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))
-        panels[0].set_ylabel("accuracy: median and all seeds")
+        panels[0].set_ylabel("accuracy: median, middle half of the seeds")
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
 
 

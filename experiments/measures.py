@@ -90,6 +90,7 @@ def measure(x, seed, task, model, probe, step):
     prompts = [task.prompt(a, b) for a, b in pairs.tolist()]
     batch = rollout(model, task, prompts, SAMPLES, draws)
     row = {"accuracy": batch.rewards.mean().item(), "entropy": entropy(batch.state_logits).mean().item()}
+    row |= {f"accuracy_{name}": batch.rewards[i::2].mean().item() for i, name in enumerate(("even", "odd"))}
     row["confidence"] = confidence(batch.state_logits).mean().item()
     if x.measures != "accuracy":
         phi, _ = look(model, probe)

@@ -8,16 +8,15 @@ What the pages say in words is in claims.PINS: if the data contradict one of the
 import importlib.util
 import json
 import re
-import statistics
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from experiments import claims, figures, one_update, real_model, scores
-from experiments.arms import CELLS, CHOSEN, MAPPED, at, first, only
+from experiments.arms import CHOSEN, first, only
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
 from experiments.runs import missing, read_record, record_of, write_whole
-from experiments.scores import END, RUN, Measure, Runs, at_equal, compared, markdown, means, speed, time_to
+from experiments.scores import END, RUN, Measure, Runs, compared, markdown, means, speed, time_to, unpaid
 from model import check
 
 HERE = Path(__file__).parent
@@ -67,11 +66,10 @@ DIVERSITY = (
 )  # fmt: skip
 REGIMES = (
     Measure("share of s, start", "share_s@0"), Measure("lowest", claims.lowest), Measure("end", "share_s"),
-    Measure("accuracy, start", "accuracy@0", ".2f"), Measure("first half", claims.gain(0), "+.2f"),
-    Measure("second half", claims.gain(1), "+.2f"),
+    Measure("accuracy, start", "accuracy@0", ".2f"), Measure("end", "accuracy", ".2f"),
 )  # fmt: skip
 FIRST, PART_NAMES = replace(RUN, heading="first, minus plain RL"), ("part", *CHOSEN, "W", "everything")
-AT_THE_END, MORE = replace(ACCURACY, heading="alone, at the end"), ("more", "less", "equal")
+AT_THE_END = replace(ACCURACY, heading="alone, at the end")
 THROUGH_W = Measure("through W", claims.row(lambda r: r["confidence_by_W"] / r["confidence_change"]), ".0%")
 SCALED = [f"{arm}{a}" for arm in ("rl-sgd", "rl") for a in ("@a0.5", "", "@a2")]
 SHOWN = "sft rl cf-rl control rl-sgd random-reward random-reward-sgd".split()
@@ -85,27 +83,12 @@ SIZES = ["features, blocks, seeds", "`rl`", *(f"`{arm}` − `{base}`" for arm, b
 # ------------------------------------------------------------------------------------------------- tables of their own
 
 
-def order_rows(starts):
-    """At the end cf-rl minus the arms with its rates, a cell of the map a row; all questions of a start asked together.
-    A cell that stage 1 alone brings to the threshold says nothing of the order, and is left out."""
-    cf_rl, *bases = MAPPED
-    rows = [["n, rate of W", *(f"minus `{base}`" for base in bases)]]
-    for start, runs in starts.items():
-        for n, rate in CELLS:
-            mine = at(cf_rl, rate, n).name
-            if statistics.fmean(runs.values(mine, "accuracy@n")) < runs.x.threshold:
-                asked = [(mine, at(base, rate, n).name) for base in bases]
-                table = compared(runs, [END], asked, len(CELLS) * len(bases))
-                rows.append([f"{start}: {n}, {rate}×", *(cell for _, cell in table[1:])])
-    return rows
-
-
-def account_rows(starts, bases=("rl", "control")):
-    """cf-rl minus plain RL, and minus its control, at equal budgets of four kinds, all of a start asked together."""
-    rows = [["cf-rl", *scores.COSTS]]
+def unpaid_rows(starts, bases=("rl", "control")):
+    """CF-RL minus plain RL, and minus its control, with stage 1 not counted; a start's questions asked together."""
+    rows = [["", "accuracy over the run, stage 1 not counted"]]
     for (start, runs), base in product(starts.items(), bases):
-        counted = [Measure(name, at_equal(cost, base), words=MORE) for name, cost in scores.COSTS.items()]
-        rows.append([f"{start}: minus {base}", *compared(runs, counted, [("cf-rl", "")], 2 * len(scores.COSTS))[1][1:]])
+        ahead = Measure("", unpaid(base), words=("more", "less", "equal"))
+        rows.append([f"{start}: `cf-rl` − `{base}`", compared(runs, [ahead], [("cf-rl", "")], len(bases))[1][1]])
     return rows
 
 
@@ -136,6 +119,12 @@ def named(name, rows):
     return [rows[0]] + [[f"{name}: {row[0]}", *row[1:]] for row in rows[1:]]
 
 
+def peaks(runs):
+    """What rewards of the policy's own sureness do to accuracy on odd prompts up to the peak, and after it."""
+    judges = [(arm.name, "") for arm in runs.x.arms if "reward" in arm.rl]
+    return compared(runs, claims.PEAK, judges, len(claims.PEAK))
+
+
 def size_rows(runs):
     """Accuracy over the run of a size, in one row."""
     cosine, size = Measure("", "cosine_continuation", ".2f"), f"{runs.x.policy['n_embd']}, {runs.x.policy['n_layer']}"
@@ -148,8 +137,10 @@ def size_rows(runs):
 
 def sections(R, update):
     """{name of a report mark: what the pages show there}, from {experiment: runs}."""
-    columns = {name: speed(R[name].x) for name in claims.ASKED} | {"best": (*map(time_to, (0.85, 0.9, 0.95)), RUN, END)}
-    tables = {name: compared(R[name], columns[name], asked) for name, asked in claims.ASKED.items()}
+    tables = {
+        name: compared(R[name], speed(R[name].x, 0.1 if name.startswith("real") else 0.05), asked)
+        for name, asked in claims.ASKED.items()
+    }
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),
@@ -158,8 +149,8 @@ def sections(R, update):
         "selection": means(R["confidence"], SELECTION, ("rl", "cf-rl", "rl-sgd")),
         "learning": beside(means(R["confidence"], DIVERSITY, few), means(R["learning"], DIVERSITY, few)),
         "regimes": named("1", means(R["regime-1"], REGIMES)) + named("2", means(R["regime-2"], REGIMES))[1:],
-        "accounts": account_rows({"can add": R["speed"], "cannot yet": R["speed-learning"]}),
-        "order": order_rows({"can add": R["order"], "cannot yet": R["order-learning"]}),
+        "peaks": named("d is rare", peaks(R["regime-1"])) + named("else", peaks(R["rlif"]))[1:],
+        "unpaid": unpaid_rows({start: R[name] for name, start in claims.STARTS.items()}),
         "parts": beside(
             part_rows(R["parts"], 100), part_rows(R["parts-learning"], 20), real_part_rows(R["real"], R["real-parts"])
         ),
@@ -168,7 +159,7 @@ def sections(R, update):
         "sizes": [SIZES] + [size_rows(runs) for name, runs in R.items() if name.startswith("size-")],
         "classifier": means(R["classifier"], OF_G),
         "lp-ft": means(R["lp-ft"], MARKS),
-        "real-moved": means(R["real-both"], (*speed(R["real"].x), *MOVED), REAL_SHOWN),
+        "real-moved": means(R["real-both"], (time_to(0.6), RUN, END, *MOVED), REAL_SHOWN),
         "both": beside(*(means(R[name], BOTH, ["rl"]) for name in ("confidence", "real-both"))),
     }
     return {name: markdown(*rows) for name, rows in (tables | one_update.tables(update)).items()}

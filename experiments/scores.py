@@ -110,7 +110,7 @@ def scores_of(x, arm, rows, digits):
     scores |= {f"{name}@n": row[name] for row in at_n for name in STAGED if name in row}
     if rows[1:] and "accuracy" in rows[0]:
         scores["took"] = crossing([row["step"] for row in rows], [row["accuracy"] for row in rows], x.threshold)
-    kept = x.curves + ("tokens",) * (arm.name in x.counted) if rows[1:] else ()
+    kept = x.curves if rows[1:] else ()
     for name in kept:
         values = (row.get(name, 0) for row in rows)
         scores[f"{name} curve"] = " ".join(f"{v:.{digits}g}" if v < 10 else f"{v:.0f}" for v in values)
@@ -225,50 +225,23 @@ def time_to(threshold):
     return Measure(f"updates to {threshold:g}", took, ".1f", ("slower", "faster", "as fast"), timed=True)
 
 
-def area(runs, arm, seed):
-    """Mean accuracy at the looks until plain RL of that seed is there, at one at least."""
-    if ("rl", seed) not in runs.rows:
-        return None
-    looks, until = runs.x.looks, time_to(runs.x.threshold).of(runs, "rl", seed)
-    last = max(1, next(i for i, step in enumerate(looks) if step >= until))
-    return statistics.fmean(runs.curve(arm, seed)[1 : last + 1])
-
-
-FAST = ("faster", "slower", "as fast")
-AREA = Measure("accuracy up to plain RL's time", area, words=FAST)
-RUN = Measure("accuracy over the run", "run", words=FAST)
+RUN = Measure("accuracy over the run", "run", words=("faster", "slower", "as fast"))
 END = Measure("accuracy at the end", "accuracy")
 
 
-def speed(x):
-    """How fast an arm is: first the time to the threshold; for a start that cannot add yet, to two."""
-    return (time_to(x.threshold), *[time_to(0.5)] * (x.threshold < 0.5), AREA, RUN, END)
+def speed(x, off):
+    """How fast an arm is: the time to the threshold, to `off` below it and above it; and accuracy."""
+    return (*(time_to(round(x.threshold + d, 2)) for d in (-off, 0, off)), RUN, END)
 
 
-# Four ways to count what a run has cost at each look, with n updates of stage 1: given the steps and the tokens so far.
-# A token is sampled (1) and scored (1), and in stage 2 differentiated (2): operations are in forward passes.
-COSTS = {
-    "stage 1 for free": lambda steps, tokens, n: np.maximum(steps - n, 0),
-    "at equal samples": lambda steps, tokens, n: steps,
-    "at equal tokens": lambda steps, tokens, n: tokens,
-    "at equal operations": lambda steps, tokens, n: np.cumsum(np.diff(tokens, prepend=0) * np.where(steps <= n, 2, 4)),
-}
-
-
-def at_equal(cost, base="rl"):
-    """An arm with the experiment's stage 1, minus a base without: mean accuracy over the budgets that both reach."""
+def unpaid(base):
+    """Mean accuracy minus a base's, without the arm's stage 1: over the updates that both then have."""
 
     def ahead(runs, arm, seed):
         if (base, seed) not in runs.rows:
             return None
-        paid, steps = [], np.array(runs.x.looks)
-        for name, n in ((arm, runs.x.n), (base, 0)):
-            counted = "tokens curve" in runs.rows[name, seed]
-            spent = cost(steps, np.array(runs.curve(name, seed, "tokens")) if counted else steps, n)
-            last = np.append(np.diff(spent) > 0, True)  # of several looks at one cost, as with stage 1 for free
-            paid.append((spent[last], np.array(runs.curve(name, seed))[last]))
-        grid = np.linspace(0, min(spent[-1] for spent, _ in paid), 201)
-        return float(np.subtract(*(np.interp(grid, *each).mean() for each in paid)))
+        mine, theirs = (runs.curve(name, seed) for name in (arm, base))
+        return statistics.fmean(map(float.__sub__, mine[runs.x.looks.index(runs.x.n) :], theirs))
 
     return ahead
 
@@ -287,7 +260,7 @@ def compared(runs, measures, pairs, looks=None):
     undecided, how many seeds would decide."""
     rows, looks = [["", *(m.heading for m in measures)]], looks or len(pairs)
     for arm, base in pairs:
-        rows.append([f"`{arm}` − `{base}`"])
+        rows.append([f"`{arm}`" + f" − `{base}`" * bool(base)])
         for m in measures:
             gaps, said = m.gaps(runs, arm, base), m.said(runs, arm, base, looks)
             if said == "undecided":

@@ -209,7 +209,7 @@ def test_what_is_done_is_kept_and_no_worker_and_no_lock_outlives_the_run(how, tm
 
 absurd = st.sampled_from(["", " ", "nan", "1e400", "9" * 400, "9" * 5000, "٣", "-1", "0", "1_0", "--", "\0", "\udcff"])
 values = st.integers(-2, 30).map(str) | st.integers().map(str) | absurd | st.text()
-words = values | st.sampled_from(["--seed", "--seeds", "--model", "--device", "--rate", "--see", "--quick", "speed"])
+words = values | st.sampled_from(["--seed", "--seeds", "--model", "--device", "--rate", "--see", "--quick", "best"])
 where = st.sampled_from(["new", "deep/new", "other", "file", "file/new", "n" * 300, "\0", "\udcff"])
 
 

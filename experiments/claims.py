@@ -10,7 +10,7 @@ from itertools import product
 
 from experiments.arms import ALIKE
 from experiments.real_model import ALL_FAST, FAST, W_ALONE
-from experiments.scores import END, MARGIN, RUN, Measure, time_to, unpaid
+from experiments.scores import EARLY, END, MARGIN, RUN, Measure, closely, time_to, times_by_ratio
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
 
@@ -74,13 +74,12 @@ def same_marks(*said):
 
 
 def depends(*said):
-    """On W, in a start: whether the body alone is slower over the run, and lower at the end (rules.md)."""
+    """On W, in toy 1 and in toy 2: whether the body alone is lower over the run and at the end (rules.md)."""
     words = []
-    for over_the_run, at_the_end in zip(said[::2], said[1::2], strict=True):
-        decided = over_the_run.startswith("slower") and at_the_end.startswith("lower")
-        neither = {over_the_run, at_the_end}.isdisjoint({"undecided", "slower", "lower"})
-        words.append("yes" if decided else "no" if neither else f"{over_the_run}, {at_the_end}")
-    return "from one start {}, from the other {}".format(*words)
+    for both in zip(said[::2], said[1::2], strict=True):
+        neither = not any(each.startswith(("undecided", "lower")) for each in both)
+        words.append("yes" if all(each.startswith("lower") for each in both) else "no" if neither else ", ".join(both))
+    return "slower and lower without it: toy 1 {}, toy 2 {}".format(*words)
 
 
 VARIED, ALIKE_AT_ONE, ALIKE_KEPT = (ALIKE[i].name for i in (0, 2, 5))
@@ -89,7 +88,7 @@ PEAK = [Measure(of, gain(i), words=("helps", "harms", "equal")) for i, of in enu
 CERTAIN = (("regime-1", "self-certainty"), ("rlif", "self-certainty"), ("rlif", "self-certainty-sgd"))
 # paper: claim; what the pages say; a text for the verdicts; questions
 PAPERS = (
-    ("1: effective learning depends on rapidly shaping W", "from one start yes, from the other yes", depends,
+    ("1: effective learning depends on rapidly shaping W", "slower and lower without it: toy 1 yes, toy 2 yes", depends,
      *((name, "body-only", "rl", measure) for name in ("best", "best-learning") for measure in (RUN, END))),
     ("1: RL makes a policy more confident (top-1 probability)", "yes", "{}",
      ("confidence", "rl", "sft", yes("confidence"))),
@@ -121,8 +120,8 @@ PAPERS = (
     ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
      ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
     ("2: RL on the policy's own certainty first helps, then harms",
-     "rare d helps, then harms; else undecided, then harms; SGD helps, then harms",
-     "rare d {}, then {}; else {}, then {}; SGD {}, then {}",
+     "rare d helps, then harms; toy 1 undecided, then harms; SGD helps, then harms",
+     "rare d {}, then {}; toy 1 {}, then {}; SGD {}, then {}",
      *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
@@ -157,21 +156,39 @@ OF_REAL += [("cf-rl", base) for base in ("control", "classifier-last", FAST_REAL
 LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST_REAL])]
 OF_BEST = [*product(("cf-rl", "control", "fast-classifier", "body-only", "body-first"), ["rl"])]
 OF_BEST += product(["cf-rl"], ("control", "fast-classifier", "classifier-last", "spread"))
-ASKED = {"best": OF_BEST, "best-learning": OF_BEST, "real-both": OF_REAL, "real": LATER}
-STARTS = {"best": "toy that can add", "best-learning": "toy that cannot yet", "real-both": "SmolLM2"}
+OF_AGAIN = [("cf-rl", "rl"), ("fast-classifier", "rl"), *product(["cf-rl"], ("control", "matched", "classifier-last"))]
+ASKED = {
+    "best": OF_BEST,
+    "best-learning": OF_BEST,
+    "again": OF_AGAIN,
+    "again-learning": OF_AGAIN,
+    "real-both": OF_REAL,
+    "real": LATER,
+}
+STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-both": "SmolLM2"}
+CONTROL = {"again": "matched", "again-learning": "matched", "real-both": "control"}  # with CF-RL's rates
+
+
+def freezing(runs, control, looks):
+    """Whether CF-RL is better or worse than its control, by what is decided of any measure (rules.md)."""
+    said = {
+        (measure.verdict(runs, "cf-rl", control, looks).split()[-1], more) for measure, more in closely(runs.x).items()
+    }
+    helps, harms = (not said.isdisjoint({("more", more), ("less", not more)}) for more in (True, False))
+    return "mixed" if helps and harms else "helps" if helps else "harms" if harms else "undecided"
 
 
 def answers(results):
-    """The first table: how many updates each way takes, and CF-RL against its control, as one of the family."""
-    rows = [[""], ["plain RL"], ["CF-RL"], ["control: nothing frozen"], ["CF-RL against its control"]]
+    """The first table: how many updates each way takes, and whether the freezing helps."""
+    rows = [[""], ["plain RL"], ["CF-RL"], ["control: the same rates, nothing frozen"], ["freezing"]]
     for name, start in STARTS.items():
         runs, column = results[name], []
         time, first = time_to(runs.x.threshold), statistics.fmean(runs.values("sft", "accuracy"))
-        for arm in ("rl", "cf-rl", "control"):
+        for arm in ("rl", "cf-rl", CONTROL[name]):
             never = sum(max(runs.curve(arm, seed)) < runs.x.threshold for seed in runs.score(arm, "run"))
             column.append(time.mean(runs, arm) + f", {never} never" * (never > 0))
         heading = f"{start}: {first:.2f} to {runs.x.threshold:g}, {len(runs.score('rl', 'run'))} seeds"
-        column = [heading, *column, time.said(runs, "cf-rl", "control", len(ASKED[name]))]
+        column = [heading, *column, freezing(runs, CONTROL[name], len(ASKED[name]))]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
 
@@ -180,6 +197,7 @@ def answers(results):
 
 # experiment, arm, base, measure; how many questions were asked together, if these are not its ASKED; what `judge` says.
 # (Fewer updates are "less".)
+AGAIN = ("again", "again-learning")
 TO_9, TO_6, TO_3, RISE = time_to(0.9), time_to(0.6), time_to(0.3), Measure("rise of top-1", "confidence_change")
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
@@ -188,16 +206,23 @@ SIZES = {"32x2": "undecided", "64x4": "equal", "128x2": "equal", "256x2": "undec
 PINS = (
     *(("best", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
     *(("best", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"), (END, "undecided"))),
-    *(("best", "cf-rl", "spread", *each) for each in ((TO_9, "less"), (RUN, "undecided"), (END, "undecided"))),
     ("best", "body-first", "rl", TO_9, "more"),
-    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("best", "real-both")),
-    *(("best-learning", arm, "rl", TO_3, "undecided") for arm in ("cf-rl", "control", "fast-classifier")),
-    *(("best-learning", "cf-rl", "control", measure, "undecided") for measure in (TO_3, RUN, END)),
+    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("best", "again", "real-both")),
+    *((name, "cf-rl", "fast-classifier", RUN, "less") for name in ("best", "best-learning")),
+    ("best-learning", "fast-classifier", "rl", RUN, "more"),
     *(("best-learning", "cf-rl", base, END, "less") for base in ("classifier-last", "spread")),
+    ("again-learning", "cf-rl", "classifier-last", END, "less"),
+    *((name, "cf-rl", "matched", *each) for name in AGAIN for each in ((EARLY, "more"), (END, "undecided"))),
     *(
-        ("best-learning", *pair, RUN, said)
-        for *pair, said in (("fast-classifier", "rl", "more"), ("cf-rl", "fast-classifier", "less"))
+        (name, arm, "rl", measure, "more")
+        for name in AGAIN
+        for arm in ("cf-rl", "fast-classifier")
+        for measure in (EARLY, RUN)
     ),
+    ("again", "cf-rl", "matched", TO_9, "undecided"),
+    ("again-learning", "cf-rl", "matched", times_by_ratio(0.3), "less"),
+    *(("again", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"))),
+    *(("again-learning", "cf-rl", "control", *each) for each in ((TO_3, "less"), (RUN, "more"))),
     ("confidence", "cf-rl-same-lr", "rl", RUN, 1, "less"),
     ("confidence", "random-reward", "", RISE, 1, "undecided"),
     ("confidence", "random-reward-sgd", "sft", END, 1, "equal"),
@@ -212,9 +237,6 @@ PINS = (
     ("real-both", "control", "rl", TO_6, "undecided"),
     ("real-both", FAST_REAL, "rl", TO_6, "less"),
     ("real-both", "cf-rl", FAST_REAL, END, "less"),
-    *(("best", "cf-rl", "", yes(unpaid(base)), 2, said) for base, said in (("rl", "more"), ("control", "equal"))),
-    ("best-learning", "cf-rl", "", yes(unpaid("control")), 2, "more"),
-    ("real-both", "cf-rl", "", yes(unpaid("rl")), 2, "equal"),
     *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
     ("real-again", "cf-rl", "rl", TO_6, 2, "more"),

@@ -3,10 +3,10 @@
 import contextlib
 import statistics
 
-from experiments.claims import FAST_REAL, FASTER, STARTS
+from experiments.claims import CONTROL, FAST_REAL, STARTS
 
 # Okabe and Ito's colours, safe for the colour-blind.
-BLUE, RED, GREEN, PINK, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #999999".split()
+BLUE, RED, GREEN, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #e69f00 #999999".split()
 
 
 def plot_curves(axes, runs, arm, label, colour):
@@ -32,14 +32,14 @@ def plot_answer(results, path):
     """Accuracy against updates, from each start: does it help that W comes first, alone?"""
     with panels_in(path, len(STARTS), size=(8, 3.4)) as panels:
         for axes, (name, title) in zip(panels, STARTS.items(), strict=True):
-            runs, real = results[name], name.startswith("real")
-            plot_curves(
-                axes, runs, *((FASTER[0], "(here) twice the rate") if real else ("body-only", "body alone")), GREY
-            )
+            runs = results[name]
+            plot_curves(axes, runs, "classifier-last", "W last, alone", GREY)
             plot_curves(axes, runs, "rl", "plain RL", BLUE)
             plot_curves(axes, runs, "cf-rl", "CF-RL (W first, alone)", RED)
-            plot_curves(axes, runs, "control", "control (nothing frozen)", GREEN)
-            plot_curves(axes, runs, FAST_REAL if real else "fast-classifier", "W fast throughout", ORANGE)
+            plot_curves(axes, runs, CONTROL[name], "control (nothing frozen)", GREEN)
+            plot_curves(
+                axes, runs, FAST_REAL if name == "real-both" else "fast-classifier", "W fast throughout", ORANGE
+            )
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))
         panels[0].set_ylabel("accuracy: median, middle half of the seeds")

@@ -9,14 +9,13 @@ import importlib.util
 import json
 import re
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from experiments import claims, figures, one_update, real_model, scores
 from experiments.arms import CHOSEN, first, only
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
 from experiments.runs import missing, read_record, record_of, write_whole
-from experiments.scores import END, RUN, Measure, Runs, compared, markdown, means, speed, time_to, unpaid
+from experiments.scores import END, RUN, Measure, Runs, closely, compared, markdown, means, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
@@ -83,12 +82,16 @@ SIZES = ["features, blocks, seeds", "`rl`", *(f"`{arm}` − `{base}`" for arm, b
 # ------------------------------------------------------------------------------------------------- tables of their own
 
 
-def unpaid_rows(starts, bases=("rl", "control")):
-    """CF-RL minus plain RL, and minus its control, with stage 1 not counted; a start's questions asked together."""
-    rows = [["", "accuracy over the run, stage 1 not counted"]]
-    for (start, runs), base in product(starts.items(), bases):
-        ahead = Measure("", unpaid(base), words=("more", "less", "equal"))
-        rows.append([f"{start}: `cf-rl` − `{base}`", compared(runs, [ahead], [("cf-rl", "")], len(bases))[1][1]])
+def never_rows(results):
+    """Which runs never get to the threshold, and count with all their updates."""
+    rows = [["", "seed: ways that never get there"]]
+    for name, runs in results.items():
+        ways = {}
+        for (arm, seed), row in runs.rows.items():
+            if "took" in row and max(runs.curve(arm, seed)) < runs.x.threshold:
+                ways.setdefault(seed, []).append(f"`{arm}`")
+        named = "; ".join(f"{seed}: {', '.join(arms)}" for seed, arms in sorted(ways.items()))
+        rows.append([f"`{name}`, {runs.x.threshold:g}", named or "none"])
     return rows
 
 
@@ -137,20 +140,19 @@ def size_rows(runs):
 
 def sections(R, update):
     """{name of a report mark: what the pages show there}, from {experiment: runs}."""
-    tables = {
-        name: compared(R[name], speed(R[name].x, 0.1 if name.startswith("real") else 0.05), asked)
-        for name, asked in claims.ASKED.items()
-    }
+    columns = {name: speed(R[name].x, 0.1 if name.startswith("real") else 0.05) for name in claims.ASKED}
+    columns |= {name: closely(R[name].x) for name in claims.AGAIN}
+    tables = {name: compared(R[name], columns[name], asked) for name, asked in claims.ASKED.items()}
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),
+        "never": never_rows({name: R[name] for name in ("best", "best-learning", *claims.AGAIN)}),
         "claims": claims.papers(R),
         "confidence": means(R["confidence"], COLUMNS, SHOWN),
         "selection": means(R["confidence"], SELECTION, ("rl", "cf-rl", "rl-sgd")),
         "learning": beside(means(R["confidence"], DIVERSITY, few), means(R["learning"], DIVERSITY, few)),
         "regimes": named("1", means(R["regime-1"], REGIMES)) + named("2", means(R["regime-2"], REGIMES))[1:],
-        "peaks": named("d is rare", peaks(R["regime-1"])) + named("else", peaks(R["rlif"]))[1:],
-        "unpaid": unpaid_rows({start: R[name] for name, start in claims.STARTS.items()}),
+        "peaks": named("d is rare", peaks(R["regime-1"])) + named("toy 1", peaks(R["rlif"]))[1:],
         "parts": beside(
             part_rows(R["parts"], 100), part_rows(R["parts-learning"], 20), real_part_rows(R["real"], R["real-parts"])
         ),

@@ -71,10 +71,10 @@ def judge(differences, margin=MARGIN, looks=1, seeds=None):
 
 
 def by_ranks(differences):
-    """Whether Wilcoxon's signed-rank test finds them off 0, at 5%."""
+    """Whether Wilcoxon's signed-rank test decides, at 5%, that they are off 0."""
     from scipy.stats import wilcoxon
 
-    return wilcoxon(differences).pvalue < 0.05
+    return any(differences) and bool(wilcoxon(differences).pvalue < 0.05)
 
 
 def seeds_to_decide(differences, margin=MARGIN, looks=1):
@@ -202,10 +202,11 @@ class Measure:
 
     def said(self, runs, arm, base, looks=1):
         """The verdict on an arm minus a base, or on an arm if that is "", in words. Of times also whether a signed-rank
-        test at 5% alone does not bear it out."""
+        test at 5% alone says another thing."""
         said = in_words(self.verdict(runs, arm, base, looks), *self.words)
-        differs = said.startswith(self.words[:2])
-        return said + ", not by ranks" * (self.timed and differs and not by_ranks(self.gaps(runs, arm, base)))
+        if not self.timed or said.startswith(self.words[:2]) == by_ranks(self.gaps(runs, arm, base)):
+            return said
+        return said + (", not by ranks" if said.startswith(self.words[:2]) else ", yet decided by ranks")
 
 
 def crossing(looks, accuracies, threshold):
@@ -225,8 +226,28 @@ def time_to(threshold):
     return Measure(f"updates to {threshold:g}", took, ".1f", ("slower", "faster", "as fast"), timed=True)
 
 
-RUN = Measure("accuracy over the run", "run", words=("faster", "slower", "as fast"))
+def times_by_ratio(threshold):
+    """Their logarithm: a difference of 1 is half the time, or twice. (0 counts as a tenth of an update.)"""
+    took = time_to(threshold).of
+    of = lambda runs, arm, seed: math.log2(max(0.1, took(runs, arm, seed)))  # noqa: E731
+    return Measure("their log2", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
+
+
+def early(runs, arm, seed):
+    """Mean accuracy in as many updates as CF-RL's stage 1 has."""
+    return statistics.fmean(runs.curve(arm, seed)[1 : runs.x.looks.index(runs.x.n) + 1])
+
+
+def lost(runs, arm, seed):
+    """The share of looks below the threshold, of those after the first that is not; None if there is none."""
+    curve = runs.curve(arm, seed)
+    later = next((curve[i:] for i, accuracy in enumerate(curve) if accuracy >= runs.x.threshold), None)
+    return later and sum(accuracy < runs.x.threshold for accuracy in later) / len(later)
+
+
+RUN = Measure("accuracy over the run", "run")
 END = Measure("accuracy at the end", "accuracy")
+EARLY = Measure("accuracy in stage 1", early)
 
 
 def speed(x, off):
@@ -234,16 +255,10 @@ def speed(x, off):
     return (*(time_to(round(x.threshold + d, 2)) for d in (-off, 0, off)), RUN, END)
 
 
-def unpaid(base):
-    """Mean accuracy minus a base's, without the arm's stage 1: over the updates that both then have."""
-
-    def ahead(runs, arm, seed):
-        if (base, seed) not in runs.rows:
-            return None
-        mine, theirs = (runs.curve(name, seed) for name in (arm, base))
-        return statistics.fmean(map(float.__sub__, mine[runs.x.looks.index(runs.x.n) :], theirs))
-
-    return ahead
+def closely(x):
+    """What tells two ways apart, and whether more of it is better."""
+    times, again = (time_to(x.threshold), times_by_ratio(x.threshold)), Measure("below it again", lost, ".2f")
+    return dict.fromkeys(times, False) | {EARLY: True, RUN: True, END: True, again: False}
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -263,7 +278,7 @@ def compared(runs, measures, pairs, looks=None):
         rows.append([f"`{arm}`" + f" − `{base}`" * bool(base)])
         for m in measures:
             gaps, said = m.gaps(runs, arm, base), m.said(runs, arm, base, looks)
-            if said == "undecided":
+            if said.startswith("undecided"):
                 said += f" ({seeds_to_decide(gaps, m.margin(runs), looks)} seeds)"
             rows[-1].append(f"{over_seeds(gaps, '+' + m.form)}: {said}")
     return rows

@@ -223,7 +223,6 @@ SCALED = [arm if a == 1 else turned(arm, "a", a) for arm in some("rl cf-rl contr
 CONSTANTS = {1: 0.5, 2: 0.2, 4: 0.05882}
 ALIKE = [at("fast-classifier", 1), *(turned(at("fast-classifier", 1), "s", s) for s in CONSTANTS)]
 ALIKE += [turned(at("fast-classifier", rate), "s", s) for s, rate in CONSTANTS.items()]
-SIZE = dict(arms=some("rl cf-rl control rl-sgd"), measures="few", every=8)
 CERTAIN = some("rl-sgd self-certainty log-probability")
 CONTROLS = some("rl cf-rl control cf-rl-same-lr classifier-only")
 LISTED = {
@@ -247,10 +246,6 @@ LISTED = {
     "regime-2": SHARES | dict(arms=some("rl rl-sgd sft-rl-sgd"), tilt=(0.8, 0.01, 0.19), rl_steps=300, every=10),
     "rlif": HALVES | dict(arms=some("self-certainty self-certainty-sgd log-probability")),
 }
-# Features and blocks; the rest at 256 by the rule in results.md.
-for d, layers in ((32, 2), (64, 2), (64, 4), (128, 2), (256, 2)):
-    wide = dict(sft_lr=1e-3, lr=2e-4, seeds=range(3)) if d == 256 else {}
-    LISTED[f"size-{d}x{layers}"] = SIZE | wide | dict(policy=dict(n_embd=d, n_layer=layers))
 EXPERIMENTS = {name: Experiment(name, **settings) for name, settings in LISTED.items()}
 
 

@@ -9,7 +9,7 @@ import statistics
 from itertools import product
 
 from experiments.arms import ALIKE
-from experiments.real_model import ALL_FAST, FAST, W_ALONE
+from experiments.real_model import FAST, W_ALONE
 from experiments.scores import EARLY, END, MARGIN, RUN, Measure, closely, time_to, times_by_ratio
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
@@ -150,10 +150,9 @@ def papers(results):
 
 # What is compared in an experiment, as (arm, base). It is one family: all of a column is asked together, whichever page
 # says what came of a pair.
-FAST_REAL, W_ALONE, *FASTER = (arm.name for arm in (FAST, W_ALONE, *ALL_FAST))
+FAST_REAL, W_ALONE = FAST.name, W_ALONE.name
 OF_REAL = [(arm, "rl") for arm in ("cf-rl", "control", FAST_REAL)]
 OF_REAL += [("cf-rl", base) for base in ("control", "classifier-last", FAST_REAL)]
-LATER = [*product(("cf-rl-8x200", W_ALONE, *FASTER, "random-reward"), ["rl"]), *product(FASTER, [FAST_REAL])]
 OF_BEST = [*product(("cf-rl", "control", "fast-classifier", "body-only", "body-first"), ["rl"])]
 OF_BEST += product(["cf-rl"], ("control", "fast-classifier", "classifier-last", "spread"))
 OF_AGAIN = [("cf-rl", "rl"), ("fast-classifier", "rl"), *product(["cf-rl"], ("control", "matched", "classifier-last"))]
@@ -163,17 +162,16 @@ ASKED = {
     "again": OF_AGAIN,
     "again-learning": OF_AGAIN,
     "real-both": OF_REAL,
-    "real": LATER,
+    "real-best": OF_BEST,
 }
 STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-both": "SmolLM2"}
 CONTROL = {"again": "matched", "again-learning": "matched", "real-both": "control"}  # with CF-RL's rates
+FAST_W = {"again": "fast-classifier", "again-learning": "fast-classifier", "real-both": FAST_REAL}
 
 
 def freezing(runs, control, looks):
     """Whether CF-RL is better or worse than its control, by what is decided of any measure (rules.md)."""
-    said = {
-        (measure.verdict(runs, "cf-rl", control, looks).split()[-1], more) for measure, more in closely(runs.x).items()
-    }
+    said = {(m.verdict(runs, "cf-rl", control, looks).split()[-1], more) for m, more in closely(runs.x).items()}
     helps, harms = (not said.isdisjoint({("more", more), ("less", not more)}) for more in (True, False))
     return "mixed" if helps and harms else "helps" if helps else "harms" if harms else "undecided"
 
@@ -202,7 +200,6 @@ TO_9, TO_6, TO_3, RISE = time_to(0.9), time_to(0.6), time_to(0.3), Measure("rise
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
 R_ALONE = yes(row(lambda r: r["agreement_continuation"] - 0.5))
-SIZES = {"32x2": "undecided", "64x4": "equal", "128x2": "equal", "256x2": "undecided"}
 PINS = (
     *(("best", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
     *(("best", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"), (END, "undecided"))),
@@ -213,12 +210,8 @@ PINS = (
     *(("best-learning", "cf-rl", base, END, "less") for base in ("classifier-last", "spread")),
     ("again-learning", "cf-rl", "classifier-last", END, "less"),
     *((name, "cf-rl", "matched", *each) for name in AGAIN for each in ((EARLY, "more"), (END, "undecided"))),
-    *(
-        (name, arm, "rl", measure, "more")
-        for name in AGAIN
-        for arm in ("cf-rl", "fast-classifier")
-        for measure in (EARLY, RUN)
-    ),
+    *((name, "cf-rl", "rl", measure, "more") for name in AGAIN for measure in (EARLY, RUN)),
+    *((name, "fast-classifier", "rl", measure, "more") for name in AGAIN for measure in (EARLY, RUN)),
     ("again", "cf-rl", "matched", TO_9, "undecided"),
     ("again-learning", "cf-rl", "matched", times_by_ratio(0.3), "less"),
     *(("again", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"))),
@@ -232,19 +225,16 @@ PINS = (
     ("parts", "classifier-first-x100", "rl", RUN, 8, "more"),
     ("parts", "shift-only-x100", "sft", END, 1, "more"),
     ("lp-ft", "ft", "rl", END, 1, "undecided"),
-    *((f"size-{size}", "cf-rl", "control", RUN, 1, word) for size, word in SIZES.items()),
     *(("real-both", "cf-rl", base, TO_6, "more") for base in ("rl", "control", FAST_REAL)),
     ("real-both", "control", "rl", TO_6, "undecided"),
     ("real-both", FAST_REAL, "rl", TO_6, "less"),
     ("real-both", "cf-rl", FAST_REAL, END, "less"),
     *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
-    ("real-again", "cf-rl", "rl", TO_6, 2, "more"),
     ("real", "control", "rl", TO_6, len(OF_REAL), "less"),
     ("real-gpu", "control", "rl", TO_6, len(OF_REAL), "undecided"),
     *((name, FAST_REAL, "rl", TO_6, len(OF_REAL), "less") for name in ("real", "real-gpu")),
-    *(("real", FASTER[0], base, TO_6, "less") for base in ("rl", FAST_REAL)),
-    ("real", "cf-rl-8x200", "cf-rl", TO_6, 7, "more"),
+    ("real", "classifier-only-x200", "rl", TO_6, len(OF_REAL), "more"),
 )
 
 

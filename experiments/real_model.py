@@ -18,11 +18,12 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from experiments.arms import START, Experiment, at, check_parts, only, some, train_as
+from experiments.arms import START, Experiment, at, best, check_parts, only, some, train_as, tried, tries
+from experiments.judges import kl_divergence
 from experiments.measures import feature_change, follow, geometry, make_probe, moves
 from minicfrl import sequence_logp
 from model import check, token_logp
-from train_toy import look
+from train_toy import held_out, look
 
 
 class Body(nn.Module):
@@ -289,11 +290,33 @@ class RealExperiment(Experiment):
 
 
 @torch.no_grad()
-def measure(x, task, model, probe, step):
+def by_token(task, model, start, batch, name):
+    """What training did at the states of a batch: KL(policy || start) in nats, exact; the share of it that the tenth of
+    the states has at which it is largest; and the share of states at which the likeliest token is another one. Means
+    over all states, and over those after which a digit, the newline or another token came, 0 if none."""
+    now, then = ((phi @ W.T).double() for phi, W in (look(model, batch), look(start, batch)))  # (N, V)
+    kl, changed = kl_divergence(now, then), (now.argmax(dim=1) != then.argmax(dim=1)).double()  # (N,)
+    came = batch.tokens[:, 1:][batch.state_mask[:, :-1]]  # (N,)
+    digit, newline = torch.isin(came, torch.tensor(task.encode("0123456789"))), came == task.end_token
+    row = {f"{name}_top_tenth": (kl.topk(max(1, len(kl) // 10)).values.sum() / kl.sum().clamp_min(1e-12)).item()}
+    for kind, those in {"": came >= 0, "_digit": digit, "_newline": newline, "_other": ~(digit | newline)}.items():
+        row[f"{name}_kl{kind}"], row[f"{name}_changed{kind}"] = (
+            (values[those].sum() / those.sum().clamp_min(1)).item() for values in (kl, changed)
+        )
+    return row
+
+
+@torch.no_grad()
+def measure(x, task, model, probe, seed, step):
     phi, _ = look(model, probe)
     right = success(model, task, task.heldout_pairs[: x.prompts])
     row = {"accuracy": right.mean().item(), "feature_change": feature_change(probe, phi)}
-    return row | (geometry(probe, phi) | moves(model, probe.start) if step in x.ends else {})
+    if step in x.ends:
+        row |= geometry(probe, phi) | moves(model, probe.start)
+        for name, policy in (("own", model), ("start", probe.start)):
+            batch = held_out(policy, task, seed, x.prompts, samples=1, purpose="tokens")
+            row |= by_token(task, model, probe.start, batch, name)
+    return row
 
 
 def rows_of(x, out, seed, arm):
@@ -305,10 +328,10 @@ def rows_of(x, out, seed, arm):
             model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
         probe = make_probe(model, task, seed, 8)
         if arm == START:
-            yield {"step": 0} | measure(x, task, model, probe, 0)
+            yield {"step": 0} | measure(x, task, model, probe, seed, 0)
         else:
             records = train_as(arm, x, seed, task, model)
-            yield from follow(x, model, probe, records, lambda step: measure(x, task, model, probe, step))
+            yield from follow(x, model, probe, records, lambda step: measure(x, task, model, probe, seed, step))
 
 
 # What else can be trained alone: its name in SmolLM2, the multiples of plain RL's rate that were tried, and the best.
@@ -324,16 +347,23 @@ ALONE = (
 )
 PARTS = {part: name for part, name, *_ in ALONE}
 FAST, W_ALONE = at("fast-classifier", 70), at("classifier-only", 200)  # as real-tuning chose, and 200 in stage 1
-ALL_FAST = [only("everything", 2), only("everything", 5)]  # at the body's two best
-REAL = [*some("rl cf-rl"), at("cf-rl", 200, 8), *some("control classifier-last"), FAST, W_ALONE, *ALL_FAST]
+REAL = some("rl cf-rl control classifier-last")
 TUNED = [at(way, rate) for way in ("cf-rl", "fast-classifier", "classifier-only") for rate in (5, 20, 70, 200, 700)]
 TRIED = [only(part, multiple, PARTS) for part, _, multiples, _ in ALONE for multiple in multiples]
+# Each way to spend two rates, by the rules of rules.md: all tries, what these left, and what was best.
+TRIED_FIRST = dict(rl_steps=12, measures="accuracy")
+TRIED_FIRST["arms"] = tries((5e-6, 7e-6, 1e-5, 1.4e-5, 2e-5, 3e-5), (5e-6, 1e-5, 2e-5), (20, 100))
+FINALS = [*(tried("rl", lr) for lr in (1.4e-5, 2e-5, 3e-5)), tried("cf-rl", 2e-5, 20)]
+FINALS += [tried(way, 2e-5, rate) for way in ("control", "fast-classifier") for rate in (20, 100)]
+BEST = ((2e-5, None), (2e-5, 20), (2e-5, 20), (2e-5, 20))
 LISTED = {
-    "real": dict(arms=REAL + some("random-reward")),
-    "real-again": dict(arms=some("rl cf-rl classifier-last"), seeds=range(200, 203)),
-    "real-gpu": dict(arms=[*some("rl cf-rl control classifier-last"), FAST], seeds=range(9), device="cuda"),
+    "real": dict(arms=[*REAL, FAST, W_ALONE]),
+    "real-gpu": dict(arms=[*REAL, FAST], seeds=range(9), device="cuda"),
     "real-tuning": dict(arms=TUNED, seeds=range(100, 103), rl_steps=10, every=2),  # on seeds of its own
     "real-parts-tuning": dict(arms=TRIED, seeds=range(100, 101), rl_steps=10, every=2),
+    "real-best-tuning": TRIED_FIRST | dict(seeds=range(100, 101)),
+    "real-best-finals": TRIED_FIRST | dict(arms=FINALS, seeds=range(101, 103)),
+    "real-best": dict(arms=best(*BEST), seeds=range(600, 604), rl_steps=20),  # of 8 seeds
     "real-parts": dict(arms=[only(part, best, PARTS) for part, *_, best in ALONE], seeds=range(3), every=5),
 }
 EXPERIMENTS = {name: RealExperiment(name, **settings) for name, settings in LISTED.items()}

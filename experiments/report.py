@@ -72,11 +72,7 @@ AT_THE_END = replace(ACCURACY, heading="alone, at the end")
 THROUGH_W = Measure("through W", claims.row(lambda r: r["confidence_by_W"] / r["confidence_change"]), ".0%")
 SCALED = [f"{arm}{a}" for arm in ("rl-sgd", "rl") for a in ("@a0.5", "", "@a2")]
 SHOWN = "sft rl cf-rl control rl-sgd random-reward random-reward-sgd".split()
-REAL_SHOWN = ("rl", "cf-rl", "control", claims.FAST_REAL, claims.W_ALONE, claims.FASTER[0])
-
-
-OF_SIZES = [("cf-rl", "rl"), ("control", "rl"), ("cf-rl", "control")]
-SIZES = ["features, blocks, seeds", "`rl`", *(f"`{arm}` − `{base}`" for arm, base in OF_SIZES), "cosine of features"]
+REAL_SHOWN = ("rl", "cf-rl", "control", claims.FAST_REAL, claims.W_ALONE)
 
 
 # ------------------------------------------------------------------------------------------------- tables of their own
@@ -128,13 +124,6 @@ def peaks(runs):
     return compared(runs, claims.PEAK, judges, len(claims.PEAK))
 
 
-def size_rows(runs):
-    """Accuracy over the run of a size, in one row."""
-    cosine, size = Measure("", "cosine_continuation", ".2f"), f"{runs.x.policy['n_embd']}, {runs.x.policy['n_layer']}"
-    cells = [cell for _, cell in compared(runs, [RUN], OF_SIZES, looks=1)[1:]]
-    return [f"{size}, {len(runs.x.seeds)}", RUN.mean(runs, "rl"), *cells, cosine.mean(runs, "sft")]
-
-
 # --------------------------------------------------------------------------------------------------------- the pages
 
 
@@ -158,7 +147,6 @@ def sections(R, update):
         ),
         "variability": means(R["variability-sgd"], ALIKE),
         "scale": means(R["scale"], (THROUGH_W, RUN), SCALED),
-        "sizes": [SIZES] + [size_rows(runs) for name, runs in R.items() if name.startswith("size-")],
         "classifier": means(R["classifier"], OF_G),
         "lp-ft": means(R["lp-ft"], MARKS),
         "real-moved": means(R["real-both"], (time_to(0.6), RUN, END, *MOVED), REAL_SHOWN),

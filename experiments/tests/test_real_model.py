@@ -13,6 +13,7 @@ with warnings.catch_warnings():
 from tiny import generator  # noqa: E402  after the check that it is there
 from tiny_runs import contents  # noqa: E402
 from tokenizers import Tokenizer, decoders, models  # noqa: E402  which transformers brings
+from torch.distributions import Categorical, kl_divergence  # noqa: E402
 
 from experiments import real_model, runs  # noqa: E402
 from experiments.arms import WAYS, Arm, only, some  # noqa: E402
@@ -106,6 +107,29 @@ def test_a_quick_run_measures_what_rests(tmp_path):
     assert last["W_moved"] == 0 < last["feature_change"]
     chances = real_model.success(CausalLM(*real_model.load(x)), TASK, TASK.heldout_pairs[: x.prompts])
     assert start["accuracy"] == pytest.approx(chances.mean().item(), rel=1e-4)
+
+
+def test_what_a_policy_did_to_tokens_is_told_state_by_state():
+    """Against distributions of one row at a time, on responses of a policy that was moved. A tenth of the states has
+    the largest divergences."""
+    start, model = CausalLM(language_model(), TASK), CausalLM(language_model(), TASK)
+    with torch.no_grad():
+        model.classifier.weight += torch.randn(13, 16, generator=generator(1))
+    batch, told = rollout(model, TASK, [TASK.prompt(*pair) for pair in ((47, 6), (99, 9))], 8, generator(2)), []
+    for row, mask in zip(batch.tokens, batch.mask, strict=True):
+        for t in mask.nonzero().flatten().tolist():
+            now, then = (whole(policy, row[None, :t])[1][0, -1].double() for policy in (model, start))
+            kind = "_digit" if row[t] < 10 else "_newline" if row[t] == TASK.end_token else "_other"
+            kl = kl_divergence(Categorical(logits=now), Categorical(logits=then)).item()
+            told.append((kind, kl, float(now.argmax() != then.argmax())))
+    row = real_model.by_token(TASK, model, start, batch, "own")
+    for kind in ("", "_digit", "_newline", "_other"):
+        kls, changes = zip(*((kl, changed) for own, kl, changed in told if own.startswith(kind)), strict=True)
+        assert row[f"own_kl{kind}"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+        assert row[f"own_changed{kind}"] == pytest.approx(sum(changes) / len(changes))
+    kls = sorted((kl for _, kl, _ in told), reverse=True)
+    assert row["own_top_tenth"] == pytest.approx(sum(kls[: len(kls) // 10]) / sum(kls), rel=1e-4)
+    assert {*real_model.by_token(TASK, start, start, batch, "").values()} == {0.0}
 
 
 def saved(folder, lm, merges=(), decoder=decoders.Fuse):

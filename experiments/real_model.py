@@ -363,7 +363,7 @@ LISTED = {
     "real-parts-tuning": dict(arms=TRIED, seeds=range(100, 101), rl_steps=10, every=2),
     "real-best-tuning": TRIED_FIRST | dict(seeds=range(100, 101)),
     "real-best-finals": TRIED_FIRST | dict(arms=FINALS, seeds=range(101, 103)),
-    "real-best": dict(arms=best(*BEST), seeds=range(600, 604), rl_steps=20),  # of 8 seeds
+    "real-best": dict(arms=best(*BEST), seeds=range(600, 605), rl_steps=20),  # of 8 seeds
     "real-parts": dict(arms=[only(part, best, PARTS) for part, *_, best in ALONE], seeds=range(3), every=5),
 }
 EXPERIMENTS = {name: RealExperiment(name, **settings) for name, settings in LISTED.items()}

@@ -123,8 +123,8 @@ def best(plain, cf_rl, control, fast):
 
 
 def matched(*rates):
-    """Some of these ways, and a control with CF-RL's rates."""
-    arms = [arm for arm in best(*rates) if not arm.name.startswith(("spread", "body"))]
+    """The first five of these ways, and a control with CF-RL's rates."""
+    arms = best(*rates)[:5]
     return [*arms, replace(arms[1], name="matched", part="all")]
 
 
@@ -138,7 +138,6 @@ class Experiment:
     digits: int = 2
     policy: dict = field(default_factory=dict)  # sizes in GPTConfig
     sft_steps: int = SFT_STEPS
-    sft_lr: float = SFT_LR
     tilt: tuple = ()  # shares of d, s and g in 150 more updates of fine-tuning
     rl_steps: int = 80
     n: int = 20  # updates of stage 1
@@ -177,7 +176,7 @@ class Experiment:
 
     def finetuning(self):
         """What makes the starting policy: (name, SFTConfig), one after the other."""
-        yield "sft", SFTConfig((Stage(self.sft_steps, lr=self.sft_lr),))
+        yield "sft", SFTConfig((Stage(self.sft_steps, lr=SFT_LR),))
         if self.tilt:  # all patterns are skills by now: this only makes some rare
             yield "tilt", SFTConfig((Stage(150, lr=1e-3),), mixture=self.tilt)
 

@@ -10,7 +10,7 @@ from itertools import product
 
 from experiments.arms import ALIKE
 from experiments.real_model import FAST, W_ALONE
-from experiments.scores import EARLY, END, MARGIN, RUN, Measure, closely, time_to, times_by_ratio
+from experiments.scores import EARLY, END, MARGIN, RUN, Measure, closely, never, time_to, times_by_ratio
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
 
@@ -183,8 +183,8 @@ def answers(results):
         runs, column = results[name], []
         time, first = time_to(runs.x.threshold), statistics.fmean(runs.values("sft", "accuracy"))
         for arm in ("rl", "cf-rl", CONTROL[name]):
-            never = sum(max(runs.curve(arm, seed)) < runs.x.threshold for seed in runs.score(arm, "run"))
-            column.append(time.mean(runs, arm) + f", {never} never" * (never > 0))
+            seeds = never(runs, arm)
+            column.append(time.mean(runs, arm) + f", {len(seeds)} never" * bool(seeds))
         heading = f"{start}: {first:.2f} to {runs.x.threshold:g}, {len(runs.score('rl', 'run'))} seeds"
         column = [heading, *column, freezing(runs, CONTROL[name], len(ASKED[name]))]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]

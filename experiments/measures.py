@@ -129,12 +129,17 @@ def feature_change(probe, phi):
     return ((phi - probe.phi).norm(dim=1) / probe.phi.norm(dim=1)).mean().item()
 
 
+def apart(logits, reference):
+    """How far the policy's logits (N, V) are from the start's, at each state: KL(policy || start) in nats, and 1 where
+    the likeliest token is another one, 0 elsewhere."""
+    return kl_divergence(logits, reference), (logits.argmax(dim=1) != reference.argmax(dim=1)).to(logits.dtype)
+
+
 def departure(batch: Rollout, start) -> dict[str, float]:
     """How the policy that sampled `batch` differs from `start` at the states of its samples: KL(policy || start) of
     whole responses in nats, and of their first token; where the likeliest token is another one."""
     reference = torch.cat([start(some) for some in batch.tokens.split(256)])[batch.state_mask]  # (N, V)
-    kl, first = kl_divergence(batch.state_logits, reference), first_states(batch.state_mask)  # (N,) twice
-    changed = (batch.state_logits.argmax(dim=1) != reference.argmax(dim=1)).float()
+    (kl, changed), first = apart(batch.state_logits, reference), first_states(batch.state_mask)  # (N,) each
     row = {"kl": kl.sum().item() / len(batch.responses), "kl_first": kl[first].mean().item()}
     return row | {"changed_first": changed[first].mean().item(), "changed_later": changed[~first].mean().item()}
 

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from experiments.arms import START, Experiment, at, best, check_parts, only, some, train_as, tried, tries
-from experiments.judges import kl_divergence
-from experiments.measures import feature_change, follow, geometry, make_probe, moves
+from experiments.measures import apart, feature_change, follow, geometry, make_probe, moves
 from minicfrl import sequence_logp
 from model import check, token_logp
 from train_toy import held_out, look
@@ -295,14 +294,13 @@ def by_token(task, model, start, batch, name):
     the states has at which it is largest; and the share of states at which the likeliest token is another one. Means
     over all states, and over those after which a digit, the newline or another token came, 0 if none."""
     now, then = ((phi @ W.T).double() for phi, W in (look(model, batch), look(start, batch)))  # (N, V)
-    kl, changed = kl_divergence(now, then), (now.argmax(dim=1) != then.argmax(dim=1)).double()  # (N,)
+    kl, changed = apart(now, then)  # (N,) twice
     came = batch.tokens[:, 1:][batch.state_mask[:, :-1]]  # (N,)
     digit, newline = torch.isin(came, torch.tensor(task.encode("0123456789"))), came == task.end_token
     row = {f"{name}_top_tenth": (kl.topk(max(1, len(kl) // 10)).values.sum() / kl.sum().clamp_min(1e-12)).item()}
     for kind, those in {"": came >= 0, "_digit": digit, "_newline": newline, "_other": ~(digit | newline)}.items():
-        row[f"{name}_kl{kind}"], row[f"{name}_changed{kind}"] = (
-            (values[those].sum() / those.sum().clamp_min(1)).item() for values in (kl, changed)
-        )
+        for column, values in (("kl", kl), ("changed", changed)):
+            row[f"{name}_{column}{kind}"] = (values[those].sum() / those.sum().clamp_min(1)).item()
     return row
 
 

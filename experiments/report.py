@@ -15,7 +15,7 @@ from experiments import claims, figures, one_update, real_model, scores
 from experiments.arms import CHOSEN, first, only
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
 from experiments.runs import missing, read_record, record_of, write_whole
-from experiments.scores import END, RUN, Measure, Runs, closely, compared, markdown, means, speed, time_to
+from experiments.scores import END, RUN, Measure, Runs, closely, compared, markdown, means, never, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
@@ -83,9 +83,9 @@ def never_rows(results):
     rows = [["", "seed: ways that never get there"]]
     for name, runs in results.items():
         ways = {}
-        for (arm, seed), row in runs.rows.items():
-            if "took" in row and max(runs.curve(arm, seed)) < runs.x.threshold:
-                ways.setdefault(seed, []).append(f"`{arm}`")
+        for arm in runs.x.arms:
+            for seed in never(runs, arm.name):
+                ways.setdefault(seed, []).append(f"`{arm.name}`")
         named = "; ".join(f"{seed}: {', '.join(arms)}" for seed, arms in sorted(ways.items()))
         rows.append([f"`{name}`, {runs.x.threshold:g}", named or "none"])
     return rows

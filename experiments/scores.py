@@ -238,6 +238,11 @@ def early(runs, arm, seed):
     return statistics.fmean(runs.curve(arm, seed)[1 : runs.x.looks.index(runs.x.n) + 1])
 
 
+def never(runs, arm):
+    """The seeds on which an arm's accuracy never is at the threshold."""
+    return [seed for seed in runs.score(arm, "run") if max(runs.curve(arm, seed)) < runs.x.threshold]
+
+
 def lost(runs, arm, seed):
     """The share of looks below the threshold, of those after the first that is not; None if there is none."""
     curve = runs.curve(arm, seed)

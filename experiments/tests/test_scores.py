@@ -75,9 +75,9 @@ def curves(*each):
     return [{"accuracy": c[-1], "run": statistics.fmean(c[1:]), "accuracy curve": " ".join(map(str, c))} for c in each]
 
 
-def rising(*rises, wait=0):
-    """Accuracies that rise by so much an update after the first `wait`, up to 1."""
-    return curves(*([min(1.0, max(0, n - wait) * rise) for n in range(11)] for rise in rises))
+def rising(*rises):
+    """Accuracies that rise by so much an update, up to 1."""
+    return curves(*([min(1.0, n * rise) for n in range(11)] for rise in rises))
 
 
 def test_what_a_run_wrote_is_kept_as_its_scores(tmp_path, monkeypatch):

@@ -70,17 +70,6 @@ WAYS = {arm.name: arm for arm in (
     Arm("lp-ft", imitates=2),
 )}  # fmt: skip
 START = Arm("sft", "")  # what stands in an arm's place where the start itself is meant
-# A shift adds the same to the logits of all states: W times the bias of the final norm.
-PARTS = {
-    "shift": "body.norm.bias",
-    "norm": "body.norm",
-    "last-block": "body.blocks.1",  # of two
-    "first-block": "body.blocks.0",
-    "embeddings": "body.token_embedding",
-    "body": "body",
-    "classifier": "classifier",
-    "everything": "all",
-}
 
 
 def some(names, **changes):
@@ -90,17 +79,6 @@ def some(names, **changes):
 def at(name, rate, n=None):
     """An arm with another rate of W, and another n."""
     return replace(WAYS[name], name=f"{name}-{n or ''}x{rate:g}", rate=rate, n=n)
-
-
-def first(part, rate, parts=PARTS):
-    """A part in W's place, at one rate."""
-    name = f"{part}-first-x{rate:g}"
-    return Arm(name, "first", parts[part], rate=rate, body_rate=rate)
-
-
-def only(part, rate, parts=PARTS):
-    """A part, and nothing else."""
-    return replace(first(part, rate, parts), name=f"{part}-only-x{rate:g}", order="alone")
 
 
 def tried(name, lr, rate=None):
@@ -147,7 +125,7 @@ class Experiment:
     every: int = 4  # updates between two looks
     prompts: int = 64  # of a look, held out
     last_prompts: int = 256  # of the first and the last one
-    measures: str = "all"  # or few, or accuracy
+    measures: str = "all"  # or few, accuracy, tokens
     curves: tuple = ()  # what is kept of every look
     threshold: float = 0.9
 
@@ -156,7 +134,7 @@ class Experiment:
         check(names[1:] and len(set(names)) == len(names), f"{self.name} has no arm, or two of one name: {names}")
         check(len(self.seeds) > 0, f"seeds={self.seeds} holds no seed")
         check_counts(every=self.every, prompts=self.prompts, last_prompts=self.last_prompts)
-        check(self.measures in ("all", "few", "accuracy"), f"no such measures: {self.measures!r}")
+        check(self.measures in ("all", "few", "accuracy", "tokens"), f"no such measures: {self.measures!r}")
         for arm in self.arms:
             RLConfig(stages(arm, self), **self.rl | arm.rl)
         list(self.finetuning())
@@ -196,21 +174,11 @@ SLOW = UNTAUGHT | dict(rl_steps=160, threshold=0.3)  # and learns it slowly
 HALVES = dict(curves=("accuracy_even", "accuracy_odd", "share_s"), seeds=range(600, 605))
 HALVES |= dict(rl_steps=160, prompts=128, last_prompts=128)
 CURVED, SHARES = dict(curves=("accuracy",)), dict(curves=("accuracy", "share_s"))
-# Each part alone, at some multiples of plain RL's rate, and what that chose: the same from both starts, but for W.
-TUNING = dict(seeds=range(100, 103), measures="accuracy", every=8)
-TUNING["arms"] = [only(part, rate) for part in PARTS for rate in (1, 5, 20, 100)]
 # Each way to spend two rates at its best, by the rules of rules.md; and what that chose, on fresh seeds.
 TRIED = dict(seeds=range(100, 103), measures="accuracy", every=2, prompts=32)
 TRIED["arms"] = tries((2e-4, 3e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1.2e-3, 1.6e-3, 2e-3), (4e-4, 6e-4, 8e-4), (5, 15, 40))
 BEST, SLOW_BEST = ((6e-4, None), (8e-4, 40), (6e-4, 40), (6e-4, 40)), ((4e-4, None), (4e-4, 40), (4e-4, 15), (4e-4, 15))
 AT_BEST = CURVED | dict(seeds=range(600, 610), measures="accuracy", every=1)
-CHOSEN = {"shift": 100, "norm": 100, "last-block": 5, "first-block": 1, "embeddings": 20, "body": 1}
-
-
-def parts_arms(W_rate):
-    """Plain RL; each part alone at its chosen rate; each first, in W's place; and everything alone."""
-    chosen = (CHOSEN | {"classifier": W_rate}).items()
-    return some("rl") + [arm(*each) for arm in (only, first) for each in chosen] + [only("everything", 1)]
 
 
 def turned(arm, *knob):
@@ -227,19 +195,15 @@ CONTROLS = some("rl cf-rl control cf-rl-same-lr classifier-only")
 LISTED = {
     "confidence": CURVED | dict(arms=CONTROLS + some("rl-sgd random-reward random-reward-sgd")),
     "learning": UNTAUGHT | dict(arms=CONTROLS, rl_steps=160),
-    "tuning": TUNING,
-    "tuning-learning": TUNING | UNTAUGHT,
     "best-tuning": TRIED,
     "best-tuning-learning": TRIED | SLOW,
     "best": AT_BEST | dict(arms=best(*BEST)),
     "best-learning": AT_BEST | SLOW | dict(seeds=range(600, 620), every=2) | dict(arms=best(*SLOW_BEST)),
     "again": AT_BEST | dict(arms=matched(*BEST), seeds=range(700, 710)),
     "again-learning": AT_BEST | SLOW | dict(arms=matched(*SLOW_BEST), seeds=range(700, 720), every=2),
-    "parts": dict(measures="accuracy", arms=parts_arms(W_rate=100)),
-    "parts-learning": UNTAUGHT | dict(measures="accuracy", arms=parts_arms(W_rate=20)),
     "variability-sgd": dict(arms=ALIKE, rl_steps=40, measures="few", lr=0.02, rl=SGD),
     "scale": dict(arms=SCALED, measures="few"),
-    "classifier": CURVED | UNTAUGHT | dict(arms=some("rl cf-rl control") + [first("body", 1)]),
+    "classifier": CURVED | UNTAUGHT | dict(arms=some("rl cf-rl control") + [Arm("body-first-x1", part="body", rate=1)]),
     "lp-ft": UNTAUGHT | dict(arms=some("rl cf-rl ft lp-ft")),
     "regime-1": HALVES | dict(arms=CERTAIN, tilt=(0.05, 0.45, 0.5)),
     "regime-2": SHARES | dict(arms=some("rl rl-sgd sft-rl-sgd"), tilt=(0.8, 0.01, 0.19), rl_steps=300, every=10),
@@ -255,7 +219,7 @@ def train_as(arm, x, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
     draws, plan = stream(seed, "rl"), stages(arm, x)
     if arm.imitates:
-        of_s = SFTConfig(plan[: arm.imitates], mixture=(0.0, 1.0, 0.0), noise=0.0)
+        of_s = SFTConfig(plan[: arm.imitates], mixture=tuple(map("s".__eq__, task.patterns)), noise=0.0)
         yield from supervised_finetune(model, task, of_s, draws)
     before, plan = sum(stage.steps for stage in plan[: arm.imitates]), plan[arm.imitates :]
     for record in train_rl(model, task, RLConfig(plan, **x.rl | arm.rl), draws) if plan else ():

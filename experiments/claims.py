@@ -9,8 +9,7 @@ import statistics
 from itertools import product
 
 from experiments.arms import ALIKE
-from experiments.real_model import FAST, W_ALONE
-from experiments.scores import EARLY, END, MARGIN, RUN, Measure, closely, never, time_to, times_by_ratio
+from experiments.scores import EARLY, END, MARGIN, RUN, Measure, OnEachSeed, time_to
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
 
@@ -43,16 +42,27 @@ def dip(runs, arm, seed):
     return 0.95 - lowest(runs, arm, seed) / runs.rows["sft", seed]["share_s"]
 
 
-def gain(after):
-    """The change of accuracy on odd prompts, up to the peak or after it: the look, after the start, at which it is
-    highest on even ones. (On the prompts that chose the look, noise alone would make a peak.)"""
+def gain(after, *halves):
+    """The change of accuracy on one half of the prompts, up to the peak or after it: the look, after the start, at
+    which it is highest on the other half. (On the prompts that chose the look, noise alone would make a peak.)"""
 
     def gained(runs, arm, seed):
-        even, odd = (runs.curve(arm, seed, f"accuracy_{prompts}") for prompts in ("even", "odd"))
-        peak = max(range(1, len(even)), key=even.__getitem__)
-        return (odd[peak] - odd[0], odd[-1] - odd[peak])[after]
+        chosen, judged = (runs.curve(arm, seed, f"accuracy_{half}") for half in halves)
+        peak = max(range(1, len(chosen)), key=chosen.__getitem__)
+        return (judged[peak] - judged[0], judged[-1] - judged[peak])[after]
 
     return gained
+
+
+def as_accurate(column):
+    """A column of an arm at the first look at which it is as accurate as plain RL ends, else at its end."""
+
+    def there(runs, arm, seed):
+        aim = runs.rows["rl", seed]["accuracy"]
+        first = next((i for i, accuracy in enumerate(runs.curve(arm, seed)) if accuracy >= aim), -1)
+        return runs.rows[arm, seed][column] if arm == "rl" else runs.curve(arm, seed, column)[first]
+
+    return there
 
 
 GROWTH = row(lambda r: r["kernel_G_by_W@n"] - 1)
@@ -66,6 +76,10 @@ def yes(of, more="yes", less="no, the reverse", equal=f"no difference (within {M
     return Measure("", of, words=(more, less, equal), within=margin)
 
 
+def around_peak(*halves):
+    return [Measure(of, gain(i, *halves), words=("helps", "harms", "equal")) for i, of in enumerate(PARTS)]
+
+
 def same_marks(*said):
     """What is said of four marks, in one sentence."""
     if set(said) == {"yes"}:
@@ -73,27 +87,45 @@ def same_marks(*said):
     return "undecided" if "undecided" in said else "its marks differ"
 
 
+def few(by_design, *said):
+    """In the toy; and in SmolLM2: whether the top tenth of the states holds more than half of the KL, and the likeliest
+    token changes at less than a fifth (rules.md)."""
+    real = "yes" if set(said) == {"yes"} else "no" if "no" in said else "undecided"
+    return f"toy {by_design}; SmolLM2 {real}"
+
+
 def depends(*said):
-    """On W, in toy 1 and in toy 2: whether the body alone is lower over the run and at the end (rules.md)."""
+    """On W, in a setting: whether the body alone is lower over the run and at the end (rules.md)."""
     words = []
     for both in zip(said[::2], said[1::2], strict=True):
         neither = not any(each.startswith(("undecided", "lower")) for each in both)
-        words.append("yes" if all(each.startswith("lower") for each in both) else "no" if neither else ", ".join(both))
-    return "slower and lower without it: toy 1 {}, toy 2 {}".format(*words)
+        words.append(
+            "yes"
+            if all(each.startswith("lower") for each in both)
+            else "no"
+            if neither
+            else ", ".join(dict.fromkeys(both))
+        )
+    return "slower and lower without it: toy 1 {}, toy 2 {}; SmolLM2 {}".format(*words)
 
 
+PARTS = ("to the peak", "after it")
 VARIED, ALIKE_AT_ONE, ALIKE_KEPT = (ALIKE[i].name for i in (0, 2, 5))
 THROUGH_W = yes(more_than_half("confidence_by_W", "confidence_change"), less="no", margin=0)
-PEAK = [Measure(of, gain(i), words=("helps", "harms", "equal")) for i, of in enumerate(("to the peak", "after it"))]
+PEAK, EXCHANGED = around_peak("even", "odd"), around_peak("odd", "even")
 CERTAIN = (("regime-1", "self-certainty"), ("rlif", "self-certainty"), ("rlif", "self-certainty-sgd"))
+FEW = [yes(lambda *of: as_accurate("own_top_tenth")(*of) - 0.5, less="no", margin=0)]
+FEW += [yes(lambda *of: 0.2 - as_accurate("own_changed")(*of), less="no", margin=0)]
 # paper: claim; what the pages say; a text for the verdicts; questions
 PAPERS = (
-    ("1: effective learning depends on rapidly shaping W", "slower and lower without it: toy 1 yes, toy 2 yes", depends,
-     *((name, "body-only", "rl", measure) for name in ("best", "best-learning") for measure in (RUN, END))),
+    ("1: effective learning depends on rapidly shaping W",
+     "slower and lower without it: toy 1 yes, toy 2 yes; SmolLM2 undecided", depends,
+     *product(("best", "best-learning", "real-best"), ["body-only"], ["rl"], (RUN, END))),
     ("1: RL makes a policy more confident (top-1 probability)", "yes", "{}",
      ("confidence", "rl", "sft", yes("confidence"))),
-    ("1: and less diverse (than imitation; which of them is more accurate is undecided)", "yes", "{}",
-     ("lp-ft", "ft", "rl", yes("different_answers", margin=0))),
+    ("1: and less diverse (than imitation; which of them is more accurate is undecided)",
+     "yes; than imitation with W first: undecided", "{}; than imitation with W first: {}",
+     *(("lp-ft", arm, "rl", yes("different_answers", margin=0)) for arm in ("ft", "lp-ft"))),
     ("1: confidence rises through R, by moving W (in this parametrisation)", "SGD yes, Adam undecided",
      "SGD {}, Adam {}", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
     ("1: because features vary little", "SGD: at one rate yes, at matched rates no",
@@ -104,19 +136,21 @@ PAPERS = (
      "G grows: {}, the control's: {}; faster: {}",
      *(("classifier", arm, "", yes(GROWTH, margin=0)) for arm in ("cf-rl", "control")),
      ("classifier", "cf-rl", "", yes(stage_2_lead, equal="no"))),
-    ("1: part of the gain is concentration: best-of-N catches up", "yes", "{}",
-     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"])))),
+    ("1: part of the gain is concentration: best-of-N catches up", "its lead shrinks as N grows", "{}",
+     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"]), "its lead shrinks as N grows"))),
     ("1: CF-RL works otherwise than linear probing, then fine-tuning", "cannot tell: the same marks", same_marks,
      *(("lp-ft", *arms, yes(of, margin=0)) for arms in (("cf-rl", "rl"), ("lp-ft", "ft"))
        for of in ("classifier_norm", row(lambda r: -r["feature_change"])))),
     ("2: RL selects among patterns whose success stays constant", "no: success of s rises too", "{}",
      ("confidence", "rl", "sft", yes("success_s", "no: success of s rises too", equal="yes"))),
-    ("2: RL changes a few critical tokens", "yes, one, by design", "{}",
-     ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "yes, one, by design", margin=0))),
+    ("2: RL changes a few critical tokens", "toy yes, one, by design; SmolLM2 no", few,
+     ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "yes, one, by design", margin=0)),
+     *(("real-tokens", "rl", "", measure) for measure in FEW)),
     ("2: if only the best pattern beats the average, its share just rises", "yes", "{}",
      ("regime-1", "rl-sgd", "sft", yes("share_s"))),
-    ("2: if a mediocre one beats it too, it first crowds the best out", "SGD yes, Adam undecided", "SGD {}, Adam {}",
-     ("regime-2", "rl-sgd", "", yes(dip)), ("regime-2", "rl", "", yes(dip, less="no"))),
+    ("2: if a mediocre one beats it too, it first crowds the best out",
+     "SGD: it crowds it out; Adam: undecided", "SGD: {}; Adam: {}",
+     *(("regime-2", arm, "", yes(dip, "it crowds it out", "no")) for arm in ("rl-sgd", "rl"))),
     ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
      ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
     ("2: RL on the policy's own certainty first helps, then harms",
@@ -127,9 +161,10 @@ PAPERS = (
 
 
 def family(name, measure):
-    """With how many questions one of PAPERS is asked together: an arm's two, those of its table, or all others."""
-    others = [of for _, _, _, *asked in PAPERS for of, _, _, how in asked if of not in ASKED and how not in PEAK]
-    return len(PEAK if measure in PEAK else ASKED.get(name, others))
+    """With how many questions one of PAPERS is asked together: those of its pair, of its table, or all others."""
+    pairs = (*PEAK, *FEW)
+    others = [of for _, _, _, *asked in PAPERS for of, _, _, how in asked if of not in ASKED and how not in pairs]
+    return 2 if measure in pairs else len(ASKED.get(name, others))
 
 
 def verdict(results, text, questions):
@@ -150,43 +185,33 @@ def papers(results):
 
 # What is compared in an experiment, as (arm, base). It is one family: all of a column is asked together, whichever page
 # says what came of a pair.
-FAST_REAL, W_ALONE = FAST.name, W_ALONE.name
-OF_REAL = [(arm, "rl") for arm in ("cf-rl", "control", FAST_REAL)]
-OF_REAL += [("cf-rl", base) for base in ("control", "classifier-last", FAST_REAL)]
 OF_BEST = [*product(("cf-rl", "control", "fast-classifier", "body-only", "body-first"), ["rl"])]
 OF_BEST += product(["cf-rl"], ("control", "fast-classifier", "classifier-last", "spread"))
 OF_AGAIN = [("cf-rl", "rl"), ("fast-classifier", "rl"), *product(["cf-rl"], ("control", "matched", "classifier-last"))]
+OF_POOLED = [("cf-rl", "rl"), ("fast-classifier", "rl"), ("cf-rl", "fast-classifier")]
+OF_POOLED += product(("cf-rl", "fast-classifier"), ["classifier-last"])
 ASKED = {
     "best": OF_BEST,
     "best-learning": OF_BEST,
     "again": OF_AGAIN,
     "again-learning": OF_AGAIN,
-    "real-both": OF_REAL,
+    "pooled": OF_POOLED,
+    "pooled-learning": OF_POOLED,
     "real-best": OF_BEST,
 }
-STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-both": "SmolLM2"}
-CONTROL = {"again": "matched", "again-learning": "matched", "real-both": "control"}  # with CF-RL's rates
-FAST_W = {"again": "fast-classifier", "again-learning": "fast-classifier", "real-both": FAST_REAL}
-
-
-def freezing(runs, control, looks):
-    """Whether CF-RL is better or worse than its control, by what is decided of any measure (rules.md)."""
-    said = {(m.verdict(runs, "cf-rl", control, looks).split()[-1], more) for m, more in closely(runs.x).items()}
-    helps, harms = (not said.isdisjoint({("more", more), ("less", not more)}) for more in (True, False))
-    return "mixed" if helps and harms else "helps" if helps else "harms" if harms else "undecided"
+STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-best": "SmolLM2"}
+CONTROL = {"again": "matched", "again-learning": "matched", "real-best": "control"}  # with CF-RL's rates
 
 
 def answers(results):
-    """The first table: how many updates each way takes, and whether the freezing helps."""
-    rows = [[""], ["plain RL"], ["CF-RL"], ["control: the same rates, nothing frozen"], ["freezing"]]
+    """The first table: how many updates each way takes, and CF-RL beside its control."""
+    rows = [["median updates"], ["plain RL"], ["CF-RL"], ["control: the same rates, nothing frozen"]]
+    rows += [["CF-RL against its control"]]
     for name, start in STARTS.items():
-        runs, column = results[name], []
-        time, first = time_to(runs.x.threshold), statistics.fmean(runs.values("sft", "accuracy"))
-        for arm in ("rl", "cf-rl", CONTROL[name]):
-            seeds = never(runs, arm)
-            column.append(time.mean(runs, arm) + f", {len(seeds)} never" * bool(seeds))
-        heading = f"{start}: {first:.2f} to {runs.x.threshold:g}, {len(runs.score('rl', 'run'))} seeds"
-        column = [heading, *column, freezing(runs, CONTROL[name], len(ASKED[name]))]
+        runs, control, time = results[name], CONTROL[name], time_to(results[name].x.threshold)
+        column = [f"{statistics.median(runs.values(arm, time.of)):.1f}" for arm in ("rl", "cf-rl", control)]
+        early, end = (measure.said(runs, "cf-rl", control, len(ASKED[name])) for measure in (EARLY, END))
+        column = [f"{start}, to {runs.x.threshold:g}", *column, f"{early} in stage 1; at the end {end}"]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
 
@@ -195,8 +220,8 @@ def answers(results):
 
 # experiment, arm, base, measure; how many questions were asked together, if these are not its ASKED; what `judge` says.
 # (Fewer updates are "less".)
-AGAIN = ("again", "again-learning")
-TO_9, TO_6, TO_3, RISE = time_to(0.9), time_to(0.6), time_to(0.3), Measure("rise of top-1", "confidence_change")
+AGAIN, POOLED = ("again", "again-learning"), ("pooled", "pooled-learning")
+TO_9, TO_6, RISE = time_to(0.9), time_to(0.6), Measure("rise of top-1", "confidence_change")
 OVER_THE_REST = yes(row(lambda r: r["gain_by_shares"] - r["gain_by_success"]))
 MOSTLY_BODY = yes(row(lambda r: r["confidence_by_body"] - 0.75 * r["confidence_change"]), margin=0)
 R_ALONE = yes(row(lambda r: r["agreement_continuation"] - 0.5))
@@ -204,37 +229,29 @@ PINS = (
     *(("best", arm, "rl", TO_9, "less") for arm in ("cf-rl", "control", "fast-classifier")),
     *(("best", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"), (END, "undecided"))),
     ("best", "body-first", "rl", TO_9, "more"),
-    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("best", "again", "real-both")),
+    *((name, "cf-rl", "classifier-last", END, "undecided") for name in ("best", "again", "real-best")),
     *((name, "cf-rl", "fast-classifier", RUN, "less") for name in ("best", "best-learning")),
     ("best-learning", "fast-classifier", "rl", RUN, "more"),
     *(("best-learning", "cf-rl", base, END, "less") for base in ("classifier-last", "spread")),
-    ("again-learning", "cf-rl", "classifier-last", END, "less"),
+    *((name, arm, "rl", RUN, "more") for name in POOLED for arm in ("cf-rl", "fast-classifier")),
+    *((name, arm, "classifier-last", END, "less") for name in POOLED for arm in ("cf-rl", "fast-classifier")),
+    *((name, "cf-rl", "fast-classifier", RUN, "less") for name in POOLED),
     *((name, "cf-rl", "matched", *each) for name in AGAIN for each in ((EARLY, "more"), (END, "undecided"))),
-    *((name, "cf-rl", "rl", measure, "more") for name in AGAIN for measure in (EARLY, RUN)),
-    *((name, "fast-classifier", "rl", measure, "more") for name in AGAIN for measure in (EARLY, RUN)),
-    ("again", "cf-rl", "matched", TO_9, "undecided"),
-    ("again-learning", "cf-rl", "matched", times_by_ratio(0.3), "less"),
     *(("again", "cf-rl", "control", *each) for each in ((TO_9, "equal"), (RUN, "less"))),
-    *(("again-learning", "cf-rl", "control", *each) for each in ((TO_3, "less"), (RUN, "more"))),
+    *((name, arm, "rl", EARLY, "more") for name in POOLED for arm in ("cf-rl", "fast-classifier")),
     ("confidence", "cf-rl-same-lr", "rl", RUN, 1, "less"),
     ("confidence", "random-reward", "", RISE, 1, "undecided"),
     ("confidence", "random-reward-sgd", "sft", END, 1, "equal"),
     ("confidence", "rl", "", OVER_THE_REST, 1, "more"),
     ("learning", "rl", "", OVER_THE_REST, 1, "undecided"),
     ("learning", "classifier-only", "rl", END, 1, "less"),
-    ("parts", "classifier-first-x100", "rl", RUN, 8, "more"),
-    ("parts", "shift-only-x100", "sft", END, 1, "more"),
     ("lp-ft", "ft", "rl", END, 1, "undecided"),
-    *(("real-both", "cf-rl", base, TO_6, "more") for base in ("rl", "control", FAST_REAL)),
-    ("real-both", "control", "rl", TO_6, "undecided"),
-    ("real-both", FAST_REAL, "rl", TO_6, "less"),
-    ("real-both", "cf-rl", FAST_REAL, END, "less"),
-    *(("real-both", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", FAST_REAL)),
-    *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-both")),
-    ("real", "control", "rl", TO_6, len(OF_REAL), "less"),
-    ("real-gpu", "control", "rl", TO_6, len(OF_REAL), "undecided"),
-    *((name, FAST_REAL, "rl", TO_6, len(OF_REAL), "less") for name in ("real", "real-gpu")),
-    ("real", "classifier-only-x200", "rl", TO_6, len(OF_REAL), "more"),
+    *(("real-best", "cf-rl", base, TO_6, "more") for base in ("rl", "control", "fast-classifier")),
+    *(("real-best", arm, "rl", TO_6, "equal") for arm in ("control", "fast-classifier", "body-only", "body-first")),
+    *(("real-again", "cf-rl", base, OnEachSeed("", TO_6.of), 1, "more") for base in ("rl", "control")),
+    *(("real-best", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", "fast-classifier")),
+    *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-best")),
+    ("real-tokens", "rl", "ft", Measure("", as_accurate("own_top_tenth")), 1, "undecided"),
 )
 
 

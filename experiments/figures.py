@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 
-from experiments.claims import CONTROL, FAST_W, STARTS
+from experiments.claims import CONTROL, STARTS
 
 # Okabe and Ito's colours, safe for the colour-blind.
 BLUE, RED, GREEN, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #e69f00 #999999".split()
@@ -37,11 +37,11 @@ def plot_answer(results, path):
             plot_curves(axes, runs, "rl", "plain RL", BLUE)
             plot_curves(axes, runs, "cf-rl", "CF-RL (W first, alone)", RED)
             plot_curves(axes, runs, CONTROL[name], "control (nothing frozen)", GREEN)
-            plot_curves(axes, runs, FAST_W[name], "W fast throughout", ORANGE)
+            plot_curves(axes, runs, "fast-classifier", "W fast throughout", ORANGE)
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))
         panels[0].set_ylabel("accuracy: median, middle half of the seeds")
-        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
+        panels[0].legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def token_axes(axes, tokens):

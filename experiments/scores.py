@@ -132,6 +132,10 @@ class Runs:
     def __init__(self, x, rows):
         self.x, self.rows = x, {(row["arm"], int(row["seed"])): row for row in rows}
 
+    def __add__(self, other):
+        """With the others' rows."""
+        return Runs(self.x, [*self.rows.values(), *other.rows.values()])
+
     def score(self, arm, of):
         """{seed: number} over the seeds that have one. `of` is a column, a column of the start, as accuracy@0, or a
         function of these runs, an arm and a seed, None where it has no answer."""
@@ -161,13 +165,6 @@ class Runs:
 def load(x):
     """The runs that data/ has of an experiment."""
     return Runs(x, read_csv(DATA / f"{x.name}.csv"))
-
-
-def together(first, second):
-    """Runs of one experiment on two machines as one: the second's seeds are counted on. Random numbers differ between
-    machines, so no two are the same run."""
-    shift = 1 + max(seed for _, seed in first.rows)
-    return Runs(first.x, [*first.rows.values(), *(r | {"seed": r["seed"] + shift} for r in second.rows.values())])
 
 
 # ---------------------------------------------------------------------------------------------------------- measures
@@ -230,7 +227,16 @@ def times_by_ratio(threshold):
     """Their logarithm: a difference of 1 is half the time, or twice. (0 counts as a tenth of an update.)"""
     took = time_to(threshold).of
     of = lambda runs, arm, seed: math.log2(max(0.1, took(runs, arm, seed)))  # noqa: E731
-    return Measure("their log2", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
+    return Measure("log2 of the updates", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
+
+
+@dataclass(frozen=True)
+class OnEachSeed(Measure):
+    """One that is decided if every seed says the same."""
+
+    def verdict(self, runs, arm, base, looks=1):
+        gaps = self.gaps(runs, arm, base)
+        return "more" if min(gaps) > 0 else "less" if max(gaps) < 0 else "undecided"
 
 
 def early(runs, arm, seed):
@@ -261,9 +267,9 @@ def speed(x, off):
 
 
 def closely(x):
-    """What tells two ways apart, and whether more of it is better."""
-    times, again = (time_to(x.threshold), times_by_ratio(x.threshold)), Measure("below it again", lost, ".2f")
-    return dict.fromkeys(times, False) | {EARLY: True, RUN: True, END: True, again: False}
+    """What tells two ways apart."""
+    times = time_to(x.threshold), times_by_ratio(x.threshold)
+    return (*times, EARLY, RUN, END, Measure("below it again", lost, ".2f"))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

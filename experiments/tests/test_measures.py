@@ -63,7 +63,7 @@ def course(seed):
         clock[0] += 100
         return {"measured": step}
 
-    with mock.patch.object(measures, "time", mock.Mock(perf_counter=lambda: clock[0])):
+    with mock.patch.object(measures, "time", mock.Mock(process_time=lambda: clock[0])):
         rows = [*measures.follow(tiny(rl_steps=3, n=2, every=3), model, probe, records(), look)]
     return probe, path, rows
 

@@ -52,7 +52,6 @@ def test_all_that_a_table_asks_of_a_start_is_asked_together(monkeypatch):
     monkeypatch.setattr(claims, "STARTS", {"again": ""})
     tables = [
         (claims.answers, R),
-        (report.part_rows, R["parts"], 100),
         (scores.compared, R["best"], [END], claims.OF_BEST),
     ]
     for make, *given in tables:
@@ -62,13 +61,15 @@ def test_all_that_a_table_asks_of_a_start_is_asked_together(monkeypatch):
 
 
 def test_a_claim_is_asked_with_the_family_that_the_rules_give_it():
-    """That of its table; an arm's two of internal feedback; all others together. Effective learning depends on W where
-    the body alone is lower over the run and at the end; not where it is lower in neither."""
+    """That of its table; the two of an arm's internal feedback, or of critical tokens; all others together. Effective
+    learning depends on W where the body alone is lower over the run and at the end; not where it is lower in neither.
+    Few tokens change if they have most of the KL and change seldom; not if one of this is false."""
     asked = [claims.family(name, how) for _, _, _, *questions in claims.PAPERS for name, _, _, how in questions]
-    assert asked.count(9) == 4 and asked.count(2) == 6 and asked.count(len(asked) - 10) == len(asked) - 10
-    said = ("lower", "lower", "higher", "equal"), ("lower", "undecided", "equal", "equal")
-    ends = "1 yes, toy 2 no", "1 lower, undecided, toy 2 no"
-    assert [claims.depends(*each).rpartition("toy 1")[2] for each in said] == [end[1:] for end in ends]
+    assert asked.count(9) == 6 and asked.count(2) == 8 and asked.count(len(asked) - 14) == len(asked) - 14
+    said = claims.depends("lower", "lower", "lower", "undecided", "higher", "equal")
+    assert said.endswith("without it: toy 1 yes, toy 2 lower, undecided; SmolLM2 no")
+    said = [claims.few("one", *both) for both in (("yes", "yes"), ("yes", "undecided"), ("undecided", "no"))]
+    assert said == [f"toy one; SmolLM2 {word}" for word in ("yes", "undecided", "no")]
 
 
 def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):

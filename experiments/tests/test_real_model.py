@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models  # noqa: E402  which transfor
 from torch.distributions import Categorical, kl_divergence  # noqa: E402
 
 from experiments import real_model, runs  # noqa: E402
-from experiments.arms import WAYS, Arm, only, some  # noqa: E402
+from experiments.arms import WAYS, Arm, some, train_as  # noqa: E402
 from experiments.judges import coin_flips  # noqa: E402
 from experiments.real_model import CausalLM, RealExperiment, check_start  # noqa: E402
 from minicfrl import policy_gradient_loss, rollout  # noqa: E402
@@ -95,9 +95,9 @@ def tiny(*arms, rl_steps=3, n=1, **more):
 
 
 def test_a_quick_run_measures_what_rests(tmp_path):
-    """Nothing goes through the body in stage 1: the columns are exactly 0, and then not. An offset of the features, if
-    it is all that is trained, moves them without W. The accuracy is the mean chance of a right response."""
-    x = tiny(*some("cf-rl control"), only("shift", 1000, real_model.PARTS))
+    """Nothing goes through the body in stage 1: the columns are exactly 0, and then not. A body that
+    is trained alone moves features and not W. The accuracy is the mean chance of a right response."""
+    x = tiny(*some("cf-rl control"), Arm("body-only", "alone", "body"))
     check_start(x)
     assert runs.run(x, tmp_path, real_model.rows_of) == []
     rows = contents(tmp_path)
@@ -122,14 +122,23 @@ def test_what_a_policy_did_to_tokens_is_told_state_by_state():
             kind = "_digit" if row[t] < 10 else "_newline" if row[t] == TASK.end_token else "_other"
             kl = kl_divergence(Categorical(logits=now), Categorical(logits=then)).item()
             told.append((kind, kl, float(now.argmax() != then.argmax())))
-    row = real_model.by_token(TASK, model, start, batch, "own")
+    now, then = (real_model.at_states(policy, batch) for policy in (model, start))
+    row = real_model.by_token(TASK, now, then, batch, "own")
     for kind in ("", "_digit", "_newline", "_other"):
         kls, changes = zip(*((kl, changed) for own, kl, changed in told if own.startswith(kind)), strict=True)
         assert row[f"own_kl{kind}"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
         assert row[f"own_changed{kind}"] == pytest.approx(sum(changes) / len(changes))
     kls = sorted((kl for _, kl, _ in told), reverse=True)
     assert row["own_top_tenth"] == pytest.approx(sum(kls[: len(kls) // 10]) / sum(kls), rel=1e-4)
-    assert {*real_model.by_token(TASK, start, start, batch, "").values()} == {0.0}
+    assert {*real_model.by_token(TASK, then, then, batch, "").values()} == {0.0}
+
+
+def test_imitation_of_right_sums_makes_them_likelier():
+    """Threefold in twenty updates of a random model, which learn that a sum is digits and then a newline."""
+    x, model = tiny(Arm("ft", "", imitates=1, lr=0.02), rl_steps=20), CausalLM(language_model(), TASK)
+    before = real_model.success(model, TASK, TASK.heldout_pairs).mean()
+    assert [record["step"] for record in train_as(x.arms[0], x, 0, TASK, model)] == list(range(1, 21))
+    assert real_model.success(model, TASK, TASK.heldout_pairs).mean() > 3 * before
 
 
 def saved(folder, lm, merges=(), decoder=decoders.Fuse):
@@ -173,8 +182,8 @@ REFUSED = {
     "its features differ": lambda _, patch: altered(patch, lambda phi: 1.01 * phi),
     "its gradients differ": lambda _, patch: altered(patch, lambda phi: 2 * phi - phi.detach()),
     "finds no device 'meta'": lambda *_: tiny(WAYS["rl"], device="meta"),
-    "trains body.base.layers.29, and the policy": lambda *_: tiny(only("last-block", 5, real_model.PARTS)),
-    "only the toy has .*: lp-ft, turned": lambda *_: tiny(WAYS["lp-ft"], Arm("turned", knob=("a", 2))),
+    "trains body.base.layers.29, and the policy": lambda *_: tiny(Arm("one block", part="body.base.layers.29")),
+    "only the toy has the knobs .*: turned": lambda *_: tiny(WAYS["lp-ft"], Arm("turned", knob=("a", 2))),
 }
 
 

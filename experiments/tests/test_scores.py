@@ -99,12 +99,10 @@ def test_what_a_run_wrote_is_kept_as_its_scores(tmp_path, monkeypatch):
 
 def test_gaps_are_paired_by_seed():
     """Seeds differ by more than the arms. What only one of the arms has is left out, and so is a score of None; a pair
-    without a seed is refused. Seeds of two machines are others, also where their numbers are the same."""
+    without a seed is refused."""
     r = made_up(a=[{"s": 1.5}, {"s": 5.5}, {"s": 9.0}, {}], b=[{"s": 1.0}, {"s": 5.0}, {}, {"s": 3.0}])
     assert r.gaps("a", "b", "s") == [0.5, 0.5] and r.gaps("b", "a", "s") == [-0.5, -0.5]
     assert r.score("a", lambda runs, arm, seed: seed or None) == {1: 1, 2: 2, 3: 3}
-    both = scores.together(r, made_up(a=[{"s": 2.0}], b=[{"s": 1.0}]))
-    assert both.gaps("a", "b", "s") == [0.5, 0.5, 1.0] and [*both.score("a", "s")] == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="has no 'C' of 'a' and 'rl'"):
         scores.compared(r, [Measure("C", "s")], [("a", "rl")])
 
@@ -139,17 +137,6 @@ def test_what_tells_two_ways_apart_by_hand():
     assert r.values("a", scores.early) == pytest.approx([0.5, 0.1]) and r.score("a", scores.lost) == {0: 2 / 9}
 
 
-FAST, SLOW, UNSTEADY = [0.8] * 11, [0.4] * 9 + [0.6] * 2, [0.8] * 10 + [0.2]
-PAIRS = [(FAST, SLOW, "helps"), (SLOW, FAST, "harms"), (FAST, FAST, "undecided"), (UNSTEADY, SLOW, "mixed")]
-
-
-@pytest.mark.parametrize("mine, theirs, said", PAIRS)
-def test_freezing_helps_where_cf_rl_is_decided_to_be_better_and_nowhere_worse(mine, theirs, said):
-    """And is mixed where it is better until the end, and worse there."""
-    r = made_up(rl=curves(SLOW, SLOW), cf_rl=curves(mine, mine), base=curves(theirs, theirs))
-    assert claims.freezing(r, "base", 5) == said
-
-
 def test_stage_2_is_compared_with_plain_rl_from_where_that_is_as_accurate():
     """Stage 1 leaves .6 at update 4. Plain RL is there at update 4, too, or at 6, with one look to go, or never."""
     plain = curves([0, 0.3, 0.6, 0.65, 0.72], [0, 0.1, 0.2, 0.6, 0.64], [0] * 5)
@@ -160,4 +147,12 @@ def test_stage_2_is_compared_with_plain_rl_from_where_that_is_as_accurate():
 def test_a_peak_is_found_on_even_prompts_after_the_start_and_judged_on_odd_ones():
     """At the second look after it, though the odd ones are highest at the first."""
     r = made_up(a=[{"accuracy_even curve": "0.9 0.4 0.6 0.3", "accuracy_odd curve": "0.25 0.9 0.5 0.125"}])
-    assert [r.values("a", claims.gain(after)) for after in (0, 1)] == [[0.25], [-0.375]]
+    assert [r.values("a", claims.gain(after, "even", "odd")) for after in (0, 1)] == [[0.25], [-0.375]]
+
+
+def test_arms_are_compared_where_they_first_are_as_accurate_as_plain_rl_ends():
+    """Or at their end. Of plain RL itself it is the end, also if it was as accurate before."""
+    other = {"accuracy": 0.9, "accuracy curve": "0.1 0.4 0.6 0.9", "kl": 4.0, "kl curve": "0 1 2 4"}
+    r = made_up(rl=[{"accuracy": 0.5, "accuracy curve": "0.1 0.7 0.5 0.5", "kl": 3.0}] * 2)
+    r = made_up(rl=[*r.rows.values()], a=[other, other | {"accuracy curve": "0.1 0.1 0.1 0.1"}])
+    assert [r.values(arm, claims.as_accurate("kl")) for arm in ("rl", "a")] == [[3, 3], [2, 4]]

@@ -87,6 +87,8 @@ def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     mean  the reward minus the group's mean (Dr. GRPO)       std   that, over the group's population std (GRPO)
     rloo  the reward minus the mean of the OTHER samples     none  the reward itself (REINFORCE)
 
+    (arXiv 2503.20783, 2402.03300 and, of rloo, 2402.14740.)
+
     Except for `none`, a group of equal rewards gets exactly 0, because it prefers nothing. (Otherwise the mean's
     rounding error, over a std that is almost 0, would be noise of order 1.) Equal means equal up to a few roundings.
     ValueError for rewards that are not finite.

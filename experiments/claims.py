@@ -76,6 +76,14 @@ def yes(of, more="yes", less="no, the reverse", equal=f"no difference (within {M
     return Measure("", of, words=(more, less, equal), within=margin)
 
 
+def first_helps(*said):
+    words = [
+        "yes" if both == ("helps", "harms") else ": {}, then {}".format(*both)
+        for both in zip(said[::2], said[1::2], strict=True)
+    ]
+    return "if d is rare {}; toy 1{}; SGD {}".format(*words)
+
+
 def around_peak(*halves):
     return [Measure(of, gain(i, *halves), words=("helps", "harms", "equal")) for i, of in enumerate(PARTS)]
 
@@ -83,30 +91,28 @@ def around_peak(*halves):
 def same_marks(*said):
     """What is said of four marks, in one sentence."""
     if set(said) == {"yes"}:
-        return "cannot tell: the same marks"
+        return "cannot tell: in both W grows and features rest"
     return "undecided" if "undecided" in said else "its marks differ"
 
 
-def few(by_design, *said):
+def few(*said):
     """In the toy; and in SmolLM2: whether the top tenth of the states holds more than half of the KL, and the likeliest
     token changes at less than a fifth (rules.md)."""
-    real = "yes" if set(said) == {"yes"} else "no" if "no" in said else "undecided"
-    return f"toy {by_design}; SmolLM2 {real}"
+    *said, by_design = said
+    real = "yes" if set(said) == {"yes"} else "one of three" if "no" in said else "undecided"
+    return f"in the toy {by_design}; in SmolLM2 {real}"
 
 
 def depends(*said):
     """On W, in a setting: whether the body alone is lower over the run and at the end (rules.md)."""
-    words = []
-    for both in zip(said[::2], said[1::2], strict=True):
-        neither = not any(each.startswith(("undecided", "lower")) for each in both)
-        words.append(
-            "yes"
-            if all(each.startswith("lower") for each in both)
-            else "no"
-            if neither
-            else ", ".join(dict.fromkeys(both))
-        )
-    return "slower and lower without it: toy 1 {}, toy 2 {}; SmolLM2 {}".format(*words)
+
+    def word(*both):
+        if all(each.startswith("lower") for each in both):
+            return "yes"
+        still_open = any(each.startswith(("undecided", "lower")) for each in both)
+        return ", ".join(dict.fromkeys(both)) if still_open else "no"
+
+    return "lower without it: toy 1 {}, toy 2 {}, SmolLM2 {}".format(*map(word, said[::2], said[1::2]))
 
 
 PARTS = ("to the peak", "after it")
@@ -119,43 +125,45 @@ FEW += [yes(lambda *of: 0.2 - as_accurate("own_changed")(*of), less="no", margin
 # paper: claim; what the pages say; a text for the verdicts; questions
 PAPERS = (
     ("1: effective learning depends on rapidly shaping W",
-     "slower and lower without it: toy 1 yes, toy 2 yes; SmolLM2 undecided", depends,
+     "lower without it: toy 1 yes, toy 2 yes, SmolLM2 undecided", depends,
      *product(("best", "best-learning", "real-best"), ["body-only"], ["rl"], (RUN, END))),
-    ("1: RL makes a policy more confident (top-1 probability)", "yes", "{}",
+    ("1: RL makes a policy more confident", "yes: the likeliest token's probability rises, 0.76 to 0.99",
+     "{}: the likeliest token's probability rises, {before:.2f} to {after:.2f}",
      ("confidence", "rl", "sft", yes("confidence"))),
-    ("1: and less diverse (than imitation; which of them is more accurate is undecided)",
-     "yes; than imitation with W first: undecided", "{}; than imitation with W first: {}",
+    ("1: and less diverse than imitation does", "10.1 answers against 14.6: yes; imitation, W first: undecided",
+     "{before:.1f} answers against {after:.1f}: {}; imitation, W first: {}",
      *(("lp-ft", arm, "rl", yes("different_answers", margin=0)) for arm in ("ft", "lp-ft"))),
-    ("1: confidence rises through R, by moving W (in this parametrisation)", "SGD yes, Adam undecided",
-     "SGD {}, Adam {}", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
-    ("1: because features vary little", "SGD: at one rate yes, at matched rates no",
-     "SGD: at one rate {}, at matched rates {}",
+    ("1: confidence rises through R, by moving W", "by SGD yes, by Adam undecided; depends on W's scale",
+     "by SGD {}, by Adam {}; depends on W's scale", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
+    ("1: because features vary little", "by SGD yes; where the rate makes up for R's size, no",
+     "by SGD {}; where the rate makes up for R's size, {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
-    ("1: W shapes G, so that stage 2 learns faster", "G grows: yes, the control's: yes; faster: undecided",
-     "G grows: {}, the control's: {}; faster: {}",
+    ("1: W shapes G, so that stage 2 learns faster", "G grows: yes; in the control too: yes; faster: undecided",
+     "G grows: {}; in the control too: {}; faster: {}",
      *(("classifier", arm, "", yes(GROWTH, margin=0)) for arm in ("cf-rl", "control")),
      ("classifier", "cf-rl", "", yes(stage_2_lead, equal="no"))),
-    ("1: part of the gain is concentration: best-of-N catches up", "its lead shrinks as N grows", "{}",
-     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"]), "its lead shrinks as N grows"))),
-    ("1: CF-RL works otherwise than linear probing, then fine-tuning", "cannot tell: the same marks", same_marks,
+    ("1: part of the gain is concentration: best-of-N catches up", "RL's lead shrinks as N grows", "{}",
+     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"]), "RL's lead shrinks as N grows"))),
+    ("1: CF-RL works otherwise than linear probing, then fine-tuning",
+     "cannot tell: in both W grows and features rest", same_marks,
      *(("lp-ft", *arms, yes(of, margin=0)) for arms in (("cf-rl", "rl"), ("lp-ft", "ft"))
        for of in ("classifier_norm", row(lambda r: -r["feature_change"])))),
-    ("2: RL selects among patterns whose success stays constant", "no: success of s rises too", "{}",
-     ("confidence", "rl", "sft", yes("success_s", "no: success of s rises too", equal="yes"))),
-    ("2: RL changes a few critical tokens", "toy yes, one, by design; SmolLM2 no", few,
-     ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "yes, one, by design", margin=0)),
-     *(("real-tokens", "rl", "", measure) for measure in FEW)),
-    ("2: if only the best pattern beats the average, its share just rises", "yes", "{}",
+    ("2: RL selects among patterns whose success stays constant", "no: that of s rises too, 0.78 to 0.97",
+     "{}, {before:.2f} to {after:.2f}",
+     ("confidence", "rl", "sft", yes("success_s", "no: that of s rises too", equal="yes"))),
+    ("2: RL changes a few critical tokens", "in the toy one, by design; in SmolLM2 one of three", few,
+     *(("real-tokens", "rl", "", measure) for measure in FEW),
+     ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "one, by design", margin=0))),
+    ("2: if only the best pattern beats average, its share just rises", "yes", "{}",
      ("regime-1", "rl-sgd", "sft", yes("share_s"))),
-    ("2: if a mediocre one beats it too, it first crowds the best out",
+    ("2: if a mediocre one does too, it first crowds that out",
      "SGD: it crowds it out; Adam: undecided", "SGD: {}; Adam: {}",
      *(("regime-2", arm, "", yes(dip, "it crowds it out", "no")) for arm in ("rl-sgd", "rl"))),
     ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
      ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
     ("2: RL on the policy's own certainty first helps, then harms",
-     "rare d helps, then harms; toy 1 undecided, then harms; SGD helps, then harms",
-     "rare d {}, then {}; toy 1 {}, then {}; SGD {}, then {}",
+     "if d is rare yes; toy 1: undecided, then harms; SGD yes", first_helps,
      *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
@@ -168,8 +176,13 @@ def family(name, measure):
 
 
 def verdict(results, text, questions):
+    """A text may also show the means behind its first question: of the base, {before}, and of the arm, {after}."""
     said = [measure.said(results[name], *arms, family(name, measure)) for name, *arms, measure in questions]
-    return text(*said) if callable(text) else text.format(*said)
+    if callable(text) or "{before" not in text:
+        return text(*said) if callable(text) else text.format(*said)
+    name, arm, base, measure = questions[0]
+    before, after = (statistics.fmean(results[name].values(each, measure.of)) for each in (base, arm))
+    return text.format(*said, before=before, after=after)
 
 
 def papers(results):
@@ -201,6 +214,7 @@ ASKED = {
 }
 STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-best": "SmolLM2"}
 CONTROL = {"again": "matched", "again-learning": "matched", "real-best": "control"}  # with CF-RL's rates
+FIRST = {"again": EARLY, "again-learning": EARLY, "real-best": RUN}  # of the measures that the rules name
 
 
 def answers(results):
@@ -210,8 +224,9 @@ def answers(results):
     for name, start in STARTS.items():
         runs, control, time = results[name], CONTROL[name], time_to(results[name].x.threshold)
         column = [f"{statistics.median(runs.values(arm, time.of)):.1f}" for arm in ("rl", "cf-rl", control)]
-        early, end = (measure.said(runs, "cf-rl", control, len(ASKED[name])) for measure in (EARLY, END))
-        column = [f"{start}, to {runs.x.threshold:g}", *column, f"{early} in stage 1; at the end {end}"]
+        first, end = (measure.said(runs, "cf-rl", control, len(ASKED[name])) for measure in (FIRST[name], END))
+        when = FIRST[name].heading.removeprefix("accuracy ")
+        column = [f"{start}, to {runs.x.threshold:g}", *column, f"{first} {when}; at the end {end}"]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
 

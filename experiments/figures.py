@@ -41,7 +41,7 @@ def plot_answer(results, path):
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))
         panels[0].set_ylabel("accuracy: median, middle half of the seeds")
-        panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+        panels[0].legend(fontsize=8, loc="lower right", framealpha=1, edgecolor="none")
 
 
 def token_axes(axes, tokens):

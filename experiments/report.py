@@ -80,7 +80,7 @@ TOKENS = ("rl", "ft", "random-reward")
 def of_states(whose):
     """What training did at the states of one policy's responses."""
     columns = {"top tenth's KL": ("top_tenth", ".0%"), "KL": ("kl", ".2f"), "changed": ("changed", ".0%")}
-    columns |= {f"changed: {kind}": (f"changed_{kind}", ".0%") for kind in ("digit", "newline", "other")}
+    columns |= {f"changed: {kind}": (f"changed_{kind}", ".0%") for kind in ("digit", "newline")}
     return [Measure(heading, claims.as_accurate(f"{whose}_{name}"), form) for heading, (name, form) in columns.items()]
 
 

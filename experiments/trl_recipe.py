@@ -135,6 +135,15 @@ def character_tokenizer(alphabet, end_token):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
 
 
+def untied(model, folder):
+    """The model with a classifier of its own, read from the folder, as vLLM and a reference model are."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
 def tiny_random():
     """Something to try it on: a random Llama, a tokenizer of characters, prompts such as 4+7=, and a reward."""
     characters = "0123456789+="

@@ -11,6 +11,8 @@ from test_readme import lines_of_code, tags
 from tiny import generator, tiny_gpt
 from tiny_runs import ROOT, tiny
 
+import minicfrl
+import ntk
 from experiments import claims, one_update, report, runs, scores
 from experiments.arms import START
 from experiments.scores import DATA, END, Runs
@@ -67,9 +69,11 @@ def test_a_claim_is_asked_with_the_family_that_the_rules_give_it():
     asked = [claims.family(name, how) for _, _, _, *questions in claims.PAPERS for name, _, _, how in questions]
     assert asked.count(9) == 6 and asked.count(2) == 8 and asked.count(len(asked) - 14) == len(asked) - 14
     said = claims.depends("lower", "lower", "lower", "undecided", "higher", "equal")
-    assert said.endswith("without it: toy 1 yes, toy 2 lower, undecided; SmolLM2 no")
-    said = [claims.few("one", *both) for both in (("yes", "yes"), ("yes", "undecided"), ("undecided", "no"))]
-    assert said == [f"toy one; SmolLM2 {word}" for word in ("yes", "undecided", "no")]
+    assert said == "lower without it: toy 1 yes, toy 2 lower, undecided, SmolLM2 no"
+    said = [claims.few(*both, "one") for both in (("yes", "yes"), ("yes", "undecided"), ("undecided", "no"))]
+    assert said == [f"in the toy one; in SmolLM2 {word}" for word in ("yes", "undecided", "one of three")]
+    said = claims.first_helps("helps", "harms", "undecided", "harms", "helps", "equal")
+    assert said == "if d is rare yes; toy 1: undecided, then harms; SGD : helps, then equal"
 
 
 def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):
@@ -113,6 +117,15 @@ def test_the_page_s_examples_run_and_columns_md_explains_what_they_write(tmp_pat
     explained = re.findall(r"^\| (\w.*?) \| ", PAGES["columns.md"], re.MULTILINE)[1:]
     rows = itertools.chain(*map(runs.read_csv, (tmp_path / "runs" / "mine").glob("*.csv")))
     assert set(", ".join(explained).split(", ")) == set(itertools.chain(*rows))
+
+
+def test_the_lines_that_one_update_md_ends_with_run():
+    """On a policy that knows nothing: a number for each pair of tokens."""
+    code = re.search(r"^```python\n(.*?)^```", PAGES["one_update.md"], re.DOTALL | re.MULTILINE)[1]
+    names, task = {**vars(minicfrl), **vars(ntk), "torch": torch}, Addition()
+    exec(code, names | {"task": task, "model": tiny_gpt(0, task.vocab_size, task.block_size)}, there := {})
+    N = int(there["batch"].mask.sum())
+    assert there["through_W"].shape == there["through_body"].shape == (N, N)
 
 
 def test_the_laboratory_is_short():

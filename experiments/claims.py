@@ -220,13 +220,13 @@ FIRST = {"again": EARLY, "again-learning": EARLY, "real-best": RUN}  # of the me
 def answers(results):
     """The first table: how many updates each way takes, and CF-RL beside its control."""
     rows = [["median updates"], ["plain RL"], ["CF-RL"], ["control: the same rates, nothing frozen"]]
-    rows += [["CF-RL against its control"]]
+    rows += [["CF-RL's accuracy against its control's"]]
     for name, start in STARTS.items():
         runs, control, time = results[name], CONTROL[name], time_to(results[name].x.threshold)
         column = [f"{statistics.median(runs.values(arm, time.of)):.1f}" for arm in ("rl", "cf-rl", control)]
         first, end = (measure.said(runs, "cf-rl", control, len(ASKED[name])) for measure in (FIRST[name], END))
         when = FIRST[name].heading.removeprefix("accuracy ")
-        column = [f"{start}, to {runs.x.threshold:g}", *column, f"{first} {when}; at the end {end}"]
+        column = [f"{start}, to accuracy {runs.x.threshold:g}", *column, f"{first} {when}; at the end {end}"]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
 

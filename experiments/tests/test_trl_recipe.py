@@ -231,7 +231,7 @@ def refused(run):
 exec(usage := {USAGE!r})
 assert trainer.state.global_step == 5 and not set(sys.modules) & {{*{[path.stem for path in ROOT.glob("*.py")]}}}
 assert "a state before the first update, from a train() before" in refused(trainer.train)
-tied = usage.replace("model.lm_head.weight =", "unused =").replace("embeddings = False", "embeddings = True")
+tied = usage.replace('untied(model, "runs/untied")', "model")
 assert "the classifier is tied to model.embed_tokens" in refused(lambda: exec(tied, {{}}))
 before = state(); sys.path.append({str(ROOT)!r}); import experiments.trl_microscope
 assert state() == before"""

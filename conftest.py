@@ -5,7 +5,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-collect_ignore = ["experiments/trl_recipe.py", "experiments/trl_microscope.py"]  # they need the extra `trl`
+collect_ignore = ["experiments/trl_recipe.py"]  # it needs the extra `trl`
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,6 +3,7 @@
 python -m experiments list                      the experiments: how many jobs of how many updates, and the arms
 python -m experiments run NAME --out DIR        train, a file a job; the same command goes on where it was cut
 python -m experiments report [DIR ...]          write the pages' numbers and pictures, from runs or from data/
+python -m experiments foretell --out DIR        measure, of many starts, whether a faster last layer will help; and see
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from experiments import real_model, report, runs, scores, toy
+from experiments import foretell, real_model, report, runs, scores, toy
 from model import check, check_counts
 
 COMMAND = "python -m experiments"
@@ -29,15 +30,16 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report | foretell")
     commands.add_parser("list")
     commands.add_parser("report").add_argument("folders", nargs="*", type=Path, metavar="DIR")
-    run = commands.add_parser("run")
+    run, foretold = commands.add_parser("run"), commands.add_parser("foretell")
     run.add_argument("name", metavar="NAME", help="an experiment of the list")
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files of the jobs are kept")
+    for each in (run, foretold):
+        each.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files of the jobs are kept")
+        each.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     run.add_argument("--seed", type=int, help="the first seed, of the experiment's if not given")
     run.add_argument("--seeds", type=int, help="how many seeds, as many as the experiment's if not given")
-    run.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)")
     run.add_argument("--quick", action="store_true", help="seconds a job: sums of one digit, or a random Llama")
     run.add_argument("--model", help="of the real model: the folder of another checkpoint of transformers")
     run.add_argument("--device", help="of the real model: where torch computes, cpu (default), cuda, ...")
@@ -70,6 +72,9 @@ def do(args):
     if args.command == "report":
         return report.main(args.folders)
     torch.set_num_threads(1)
+    if args.command == "foretell":
+        check_counts(workers=args.workers)
+        return foretell.main(args.out, args.workers)
     kind, x = chosen(args)
     left = runs.run(x, args.out, kind.rows_of, args.workers)
     print(scores.shown(x, args.out))

@@ -117,6 +117,7 @@ class Experiment:
     policy: dict = field(default_factory=dict)  # sizes in GPTConfig
     sft_steps: int = SFT_STEPS
     tilt: tuple = ()  # shares of d, s and g in 150 more updates of fine-tuning
+    before: int = 0  # updates of plain RL that belong to the start
     rl_steps: int = 80
     n: int = 20  # updates of stage 1
     lr: float = 4e-4
@@ -209,6 +210,20 @@ LISTED = {
     "regime-2": SHARES | dict(arms=some("rl rl-sgd sft-rl-sgd"), tilt=(0.8, 0.01, 0.19), rl_steps=300, every=10),
     "rlif": HALVES | dict(arms=some("self-certainty self-certainty-sgd log-probability")),
 }
+# Starts of many kinds, of which foretell.py says how much a fast W will help. The first five cannot add yet.
+AT_START, LATE = CURVED | dict(arms=some("rl"), rl_steps=60, n=5, every=2, measures="accuracy"), dict(rl_steps=120)
+STARTS = {
+    "300 updates": UNTAUGHT | LATE, "300, wide": UNTAUGHT | LATE | dict(policy=dict(n_embd=96)),
+    "300, one block": UNTAUGHT | LATE | dict(policy=dict(n_layer=1)), "300, then RL": UNTAUGHT | LATE | dict(before=20),
+    "three digits": LATE | dict(digits=3), "one digit": dict(digits=1, sft_steps=300),
+    "500 updates": dict(sft_steps=500), "800 updates": dict(sft_steps=800), "1000 updates": {},
+    "then RL": dict(before=10),
+    "narrow": dict(policy=dict(n_embd=48)), "wide": dict(policy=dict(n_embd=96)),
+    "one block": dict(policy=dict(n_layer=1)), "four blocks": dict(policy=dict(n_layer=4)),
+    "mostly d": dict(tilt=(0.8, 0.1, 0.1)), "mostly g": dict(tilt=(0.1, 0.1, 0.8)),
+}  # fmt: skip
+STARTS |= {f"of {P} x {S}": dict(rl=dict(prompts=P, samples=S)) for P, S in ((16, 16), (64, 4), (128, 8))}
+STARTS = {name: Experiment(name, **AT_START | start) for name, start in STARTS.items()}
 EXPERIMENTS = {name: Experiment(name, **settings) for name, settings in LISTED.items()}
 
 

@@ -9,7 +9,7 @@ from experiments import knobs
 from experiments.arms import START, check_parts, train_as
 from experiments.measures import follow, make_probe, measure
 from experiments.runs import once
-from minicfrl import Addition, supervised_finetune
+from minicfrl import Addition, RLConfig, Stage, supervised_finetune, train_rl
 from model import GPT, GPTConfig
 from train_toy import make_start, stream
 
@@ -44,6 +44,8 @@ def new_start(x, seed):
     model = make_start(task, seed, sft, **x.policy)
     for name, config in more:
         list(supervised_finetune(model, task, config, stream(seed, name)))
+    if x.before:
+        list(train_rl(model, task, RLConfig((Stage(x.before, lr=x.lr),), **x.rl), stream(seed, "before")))
     return content_of(model)
 
 

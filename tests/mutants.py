@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "tests" / "mutants.csv", ROOT / "experiments" / "tests" / "mutants.csv")
-NEEDS = {"test_trl_recipe": "trl", "test_trl_microscope": "trl", "test_real_model": "transformers"}
+NEEDS = {"test_trl_recipe": "trl", "test_real_model": "transformers"}
 SECONDS = 120  # for the tests of a row; what hangs is as dead as what fails
 
 

@@ -57,7 +57,8 @@ def known(model, task, rl, generator):
     row = shares((torch.cat([p.grad.flatten() for _, p in parameters]) for _ in updates), of_W)
     first, rewards = (torch.cat(each) for each in zip(*seen, strict=True))  # (B,) of all batches
     between = torch.stack([rewards[first == token].mean() for token in first]).var(correction=0)
-    return row | {"right": rewards.mean().item(), "by_first": (between / rewards.var().clamp_min(1e-30)).item()}
+    explained = between / rewards.var(correction=0).clamp_min(1e-30)
+    return row | {"right": rewards.mean().item(), "by_first": explained.item()}
 
 
 def at_start(start):

@@ -6,18 +6,20 @@ What the pages say in words is in claims.PINS: if the data contradict one of the
 """
 
 import importlib.util
+import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
 from experiments import claims, figures, one_update, real_model, scores
 from experiments.arms import EXPERIMENTS as OF_THE_TOY
-from experiments.runs import missing, read_record, record_of, write_whole
+from experiments.runs import missing, read_csv, read_record, record_of, write_whole
 from experiments.scores import END, RUN, Measure, closely, compared, markdown, means, never, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "results.md", HERE / "one_update.md", HERE / "rules.md")
+PAGES = (HERE.parent / "README.md", *(HERE / f"{name}.md" for name in ("results", "one_update", "foretell")))
 EXPERIMENTS = OF_THE_TOY | real_model.EXPERIMENTS
 
 
@@ -107,6 +109,18 @@ def named(name, rows):
     return [rows[0]] + [[f"{name}: {row[0]}", *row[1:]] for row in rows[1:]]
 
 
+def foretold(rows):
+    """What is known of each start before any update, over its seeds."""
+    columns = {"accuracy": "right", "rho, 5 batches": "rho5", "10": "rho10", "20": "rho20", "plain share": "plain20"}
+    columns |= {"signal over noise": "snr20", "by first token": "by_first"}
+    table = [["start", *columns, "foretold"]]
+    for start, seeds in itertools.groupby(rows, lambda row: row["start"]):
+        of = {name: [row[name] for row in each] for each in [[*seeds]] for name in columns.values()}
+        speed = 1.24 * (1 + 19 * statistics.fmean(of["rho20"]))
+        table.append([start, *(scores.over_seeds(values, ".2f") for values in of.values()), f"{speed:.1f}"])
+    return table
+
+
 def peaks(runs):
     """What rewards of the policy's own sureness do to accuracy up to the peak and after it; halves exchanged."""
     judges = [(arm.name, "") for arm in runs.x.arms if "reward" in arm.rl]
@@ -125,6 +139,7 @@ def sections(R, update):
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),
+        "foretell": foretold(read_csv(scores.DATA / "foretell.csv")),
         "never": never_rows({name: R[name] for name in ("best", "best-learning", *claims.AGAIN)}),
         "claims": claims.papers(R),
         "confidence": means(R["confidence"], COLUMNS, SHOWN),

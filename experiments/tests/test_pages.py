@@ -86,7 +86,7 @@ def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):
 
 def test_data_has_every_arm_and_seed_of_the_listed_experiments_once():
     names = {f"{name}.csv" for name in report.EXPERIMENTS}
-    assert {path.name for path in DATA.iterdir()} == names | {"one_update.json"}
+    assert {path.name for path in DATA.iterdir()} == names | {"one_update.json", "foretell.csv"}
     for name, x in report.EXPERIMENTS.items():
         there = sorted((row["arm"], row["seed"]) for row in runs.read_csv(DATA / f"{name}.csv"))
         assert there == sorted(itertools.product((arm.name for arm in (START, *x.arms)), x.seeds)), name
@@ -94,7 +94,10 @@ def test_data_has_every_arm_and_seed_of_the_listed_experiments_once():
 
 def test_every_equation_of_the_results_has_its_line_of_code_and_the_other_way_round():
     """The README names the book's; the laboratory's own is in the results."""
-    results, code = PAGES["results.md"] + PAGES["one_update.md"], "".join(path.read_text("utf-8") for path in FILES)
+    results, code = (
+        "".join(PAGES[f"{name}.md"] for name in ("results", "one_update", "foretell")),
+        "".join(path.read_text("utf-8") for path in FILES),
+    )
     implemented = tags("".join(re.findall(r"# .*?\(E\d+\)$", code, re.MULTILINE)))
     assert tags(results) - tags(README) == tags(code) - tags(README) == implemented - tags(README) != set()
 

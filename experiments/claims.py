@@ -77,6 +77,7 @@ def yes(of, more="yes", less="no, the reverse", equal=f"no difference (within {M
 
 
 def first_helps(*said):
+    """In each of three settings: whether it helps up to the peak, and harms after it."""
     words = [
         "yes" if both == ("helps", "harms") else ": {}, then {}".format(*both)
         for both in zip(said[::2], said[1::2], strict=True)
@@ -85,7 +86,9 @@ def first_helps(*said):
 
 
 def around_peak(*halves):
-    return [Measure(of, gain(i, *halves), words=("helps", "harms", "equal")) for i, of in enumerate(PARTS)]
+    """What is asked of the halves of the prompts, as gain has them."""
+    of = ("to the peak", "after it")
+    return [Measure(when, gain(i, *halves), words=("helps", "harms", "equal")) for i, when in enumerate(of)]
 
 
 def same_marks(*said):
@@ -115,7 +118,6 @@ def depends(*said):
     return "lower without it: toy 1 {}, toy 2 {}, SmolLM2 {}".format(*map(word, said[::2], said[1::2]))
 
 
-PARTS = ("to the peak", "after it")
 VARIED, ALIKE_AT_ONE, ALIKE_KEPT = (ALIKE[i].name for i in (0, 2, 5))
 THROUGH_W = yes(more_than_half("confidence_by_W", "confidence_change"), less="no", margin=0)
 PEAK, EXCHANGED = around_peak("even", "odd"), around_peak("odd", "even")
@@ -178,8 +180,10 @@ def family(name, measure):
 def verdict(results, text, questions):
     """A text may also show the means behind its first question: of the base, {before}, and of the arm, {after}."""
     said = [measure.said(results[name], *arms, family(name, measure)) for name, *arms, measure in questions]
-    if callable(text) or "{before" not in text:
-        return text(*said) if callable(text) else text.format(*said)
+    if callable(text):
+        return text(*said)
+    if "{before" not in text:
+        return text.format(*said)
     name, arm, base, measure = questions[0]
     before, after = (statistics.fmean(results[name].values(each, measure.of)) for each in (base, arm))
     return text.format(*said, before=before, after=after)

@@ -56,7 +56,8 @@ def known(model, task, rl, generator):
     updates = train_rl(model, task, RLConfig((Stage(max(BATCHES), lr=0.0),), reward=note, **rl), generator)
     row = shares((torch.cat([p.grad.flatten() for _, p in parameters]) for _ in updates), of_W)
     first, rewards = (torch.cat(each) for each in zip(*seen, strict=True))  # (B,) of all batches
-    between = torch.stack([rewards[first == token].mean() for token in first]).var(correction=0)
+    kinds, kind = first.unique(return_inverse=True)
+    between = torch.stack([rewards[first == token].mean() for token in kinds])[kind].var(correction=0)
     explained = between / rewards.var(correction=0).clamp_min(1e-30)
     return row | {"right": rewards.mean().item(), "by_first": explained.item()}
 

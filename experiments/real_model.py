@@ -314,8 +314,9 @@ def by_token(task, logits, before, batch, name):
 @torch.no_grad()
 def measure(x, task, model, probe, seed, step):
     row = {"accuracy": success(model, task, task.heldout_pairs[: x.prompts]).mean().item()}
-    at_an_end = step in x.ends and x.measures in ("all", "few")
-    if x.measures in ("all", "few"):
+    fully = x.measures in ("all", "few")
+    at_an_end = fully and step in x.ends
+    if fully:
         phi, _ = look(model, probe)
         row["feature_change"] = feature_change(probe, phi)
     if at_an_end:

@@ -49,7 +49,6 @@ def make_parser():
 def chosen(args):
     """The module that does the jobs, and the experiment as the flags change it. ValueError for what cannot be run."""
     check(args.name in report.EXPERIMENTS, f"{args.name!r} is no experiment: see {COMMAND} list")
-    check_counts(workers=args.workers)
     check(importlib.util.find_spec("scipy"), 'intervals need SciPy: pip install -e ".[report]"')
     kind, x = real_model if args.name in real_model.EXPERIMENTS else toy, report.EXPERIMENTS[args.name]
     given = {name: value for name in ("model", "device") if (value := getattr(args, name)) is not None}
@@ -72,8 +71,8 @@ def do(args):
     if args.command == "report":
         return report.main(args.folders)
     torch.set_num_threads(1)
+    check_counts(workers=args.workers)
     if args.command == "foretell":
-        check_counts(workers=args.workers)
         return foretell.main(args.out, args.workers)
     kind, x = chosen(args)
     left = runs.run(x, args.out, kind.rows_of, args.workers)

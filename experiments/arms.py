@@ -217,8 +217,7 @@ STARTS = {
     "300, one block": UNTAUGHT | LATE | dict(policy=dict(n_layer=1)), "300, then RL": UNTAUGHT | LATE | dict(before=20),
     "three digits": LATE | dict(digits=3), "one digit": dict(digits=1, sft_steps=300),
     "500 updates": dict(sft_steps=500), "800 updates": dict(sft_steps=800), "1000 updates": {},
-    "then RL": dict(before=10),
-    "narrow": dict(policy=dict(n_embd=48)), "wide": dict(policy=dict(n_embd=96)),
+    "then RL": dict(before=10), "narrow": dict(policy=dict(n_embd=48)), "wide": dict(policy=dict(n_embd=96)),
     "one block": dict(policy=dict(n_layer=1)), "four blocks": dict(policy=dict(n_layer=4)),
     "mostly d": dict(tilt=(0.8, 0.1, 0.1)), "mostly g": dict(tilt=(0.1, 0.1, 0.8)),
 }  # fmt: skip

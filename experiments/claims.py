@@ -8,8 +8,11 @@ report refuses to contradict.
 import statistics
 from itertools import product
 
+import numpy as np
+from numpy.random import default_rng
+
 from experiments.arms import ALIKE
-from experiments.scores import EARLY, END, MARGIN, RUN, Measure, OnEachSeed, time_to
+from experiments.scores import EARLY, END, MARGIN, RUN, Measure, time_to
 
 # ----------------------------------------------------------------------- scores that are asked about: (runs, arm, seed)
 
@@ -78,11 +81,9 @@ def yes(of, more="yes", less="no, the reverse", equal=f"no difference (within {M
 
 def first_helps(*said):
     """In each of three settings: whether it helps up to the peak, and harms after it."""
-    words = [
-        "yes" if both == ("helps", "harms") else ": {}, then {}".format(*both)
-        for both in zip(said[::2], said[1::2], strict=True)
-    ]
-    return "if d is rare {}; toy 1{}; SGD {}".format(*words)
+    settings = zip(said[::2], said[1::2], strict=True)
+    words = ["yes" if both == ("helps", "harms") else "{}, then {}".format(*both) for both in settings]
+    return "if d is rare: {}; toy 1: {}; SGD: {}".format(*words)
 
 
 def around_peak(*halves):
@@ -93,17 +94,15 @@ def around_peak(*halves):
 
 def same_marks(*said):
     """What is said of four marks, in one sentence."""
-    if set(said) == {"yes"}:
-        return "cannot tell: in both W grows and features rest"
-    return "undecided" if "undecided" in said else "its marks differ"
+    other = "undecided" if "undecided" in said else "its marks differ"
+    return "cannot tell: in both W grows and features move less" if set(said) == {"yes"} else other
 
 
-def few(*said):
+def few(most_of_kl, seldom, by_design):
     """In the toy; and in SmolLM2: whether the top tenth of the states holds more than half of the KL, and the likeliest
     token changes at less than a fifth (rules.md)."""
-    *said, by_design = said
-    real = "yes" if set(said) == {"yes"} else "one of three" if "no" in said else "undecided"
-    return f"in the toy {by_design}; in SmolLM2 {real}"
+    other = "one token of three" if "no" in (most_of_kl, seldom) else "undecided"
+    return f"toy: {by_design}; SmolLM2: {'yes' if most_of_kl == seldom == 'yes' else other}"
 
 
 def depends(*said):
@@ -115,7 +114,7 @@ def depends(*said):
         still_open = any(each.startswith(("undecided", "lower")) for each in both)
         return ", ".join(dict.fromkeys(both)) if still_open else "no"
 
-    return "lower without it: toy 1 {}, toy 2 {}, SmolLM2 {}".format(*map(word, said[::2], said[1::2]))
+    return "frozen W is worse: toy 1 {}, toy 2 {}, SmolLM2 {}".format(*map(word, said[::2], said[1::2]))
 
 
 VARIED, ALIKE_AT_ONE, ALIKE_KEPT = (ALIKE[i].name for i in (0, 2, 5))
@@ -127,34 +126,36 @@ FEW += [yes(lambda *of: 0.2 - as_accurate("own_changed")(*of), less="no", margin
 # paper: claim; what the pages say; a text for the verdicts; questions
 PAPERS = (
     ("1: effective learning depends on rapidly shaping W",
-     "lower without it: toy 1 yes, toy 2 yes, SmolLM2 undecided", depends,
+     "frozen W is worse: toy 1 yes, toy 2 yes, SmolLM2 undecided", depends,
      *product(("best", "best-learning", "real-best"), ["body-only"], ["rl"], (RUN, END))),
     ("1: RL makes a policy more confident", "yes: the likeliest token's probability rises, 0.76 to 0.99",
      "{}: the likeliest token's probability rises, {before:.2f} to {after:.2f}",
      ("confidence", "rl", "sft", yes("confidence"))),
-    ("1: and less diverse than imitation does", "10.1 answers against 14.6: yes; imitation, W first: undecided",
-     "{before:.1f} answers against {after:.1f}: {}; imitation, W first: {}",
+    ("1: and less diverse than imitation does",
+     "yes: 10.1 different answers against 14.6; imitation, W first: undecided",
+     "{}: {before:.1f} different answers against {after:.1f}; imitation, W first: {}",
      *(("lp-ft", arm, "rl", yes("different_answers", margin=0)) for arm in ("ft", "lp-ft"))),
     ("1: confidence rises through R, by moving W", "by SGD yes, by Adam undecided; depends on W's scale",
      "by SGD {}, by Adam {}; depends on W's scale", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
-    ("1: because features vary little", "by SGD yes; where the rate makes up for R's size, no",
-     "by SGD {}; where the rate makes up for R's size, {}",
+    ("1: because features vary little", "by SGD yes; with R's size held fixed, no",
+     "by SGD {}; with R's size held fixed, {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
     ("1: W shapes G, so that stage 2 learns faster", "G grows: yes; in the control too: yes; faster: undecided",
      "G grows: {}; in the control too: {}; faster: {}",
      *(("classifier", arm, "", yes(GROWTH, margin=0)) for arm in ("cf-rl", "control")),
      ("classifier", "cf-rl", "", yes(stage_2_lead, equal="no"))),
-    ("1: part of the gain is concentration: best-of-N catches up", "RL's lead shrinks as N grows", "{}",
-     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"]), "RL's lead shrinks as N grows"))),
+    ("1: part of the gain is concentration: best-of-N catches up", "yes: RL's lead over the start shrinks as N grows",
+     "{}: RL's lead over the start shrinks as N grows",
+     ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"])))),
     ("1: CF-RL works otherwise than linear probing, then fine-tuning",
-     "cannot tell: in both W grows and features rest", same_marks,
+     "cannot tell: in both W grows and features move less", same_marks,
      *(("lp-ft", *arms, yes(of, margin=0)) for arms in (("cf-rl", "rl"), ("lp-ft", "ft"))
        for of in ("classifier_norm", row(lambda r: -r["feature_change"])))),
-    ("2: RL selects among patterns whose success stays constant", "no: that of s rises too, 0.78 to 0.97",
+    ("2: RL selects among patterns whose success stays constant", "no: the success of s rises too, 0.78 to 0.97",
      "{}, {before:.2f} to {after:.2f}",
-     ("confidence", "rl", "sft", yes("success_s", "no: that of s rises too", equal="yes"))),
-    ("2: RL changes a few critical tokens", "in the toy one, by design; in SmolLM2 one of three", few,
+     ("confidence", "rl", "sft", yes("success_s", "no: the success of s rises too", equal="yes"))),
+    ("2: RL changes a few critical tokens", "toy: one, by design; SmolLM2: one token of three", few,
      *(("real-tokens", "rl", "", measure) for measure in FEW),
      ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "one, by design", margin=0))),
     ("2: if only the best pattern beats average, its share just rises", "yes", "{}",
@@ -165,7 +166,7 @@ PAPERS = (
     ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
      ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
     ("2: RL on the policy's own certainty first helps, then harms",
-     "if d is rare yes; toy 1: undecided, then harms; SGD yes", first_helps,
+     "if d is rare: yes; toy 1: undecided, then harms; SGD: yes", first_helps,
      *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
@@ -216,23 +217,62 @@ ASKED = {
     "pooled-learning": OF_POOLED,
     "real-best": OF_BEST,
 }
-STARTS = {"again": "toy 1", "again-learning": "toy 2", "real-best": "SmolLM2"}
-CONTROL = {"again": "matched", "again-learning": "matched", "real-best": "control"}  # with CF-RL's rates
-FIRST = {"again": EARLY, "again-learning": EARLY, "real-best": RUN}  # of the measures that the rules name
+# Of a setting: the start, the control with CF-RL's rates, and the first of the measures that the rules name.
+SETTINGS = {"again": ("toy 1", "matched", EARLY), "again-learning": ("toy 2", "matched", EARLY)}
+SETTINGS |= {"real-best": ("SmolLM2", "control", RUN)}
 
 
 def answers(results):
     """The first table: how many updates each way takes, and CF-RL beside its control."""
-    rows = [["median updates"], ["plain RL"], ["CF-RL"], ["control: the same rates, nothing frozen"]]
-    rows += [["CF-RL's accuracy against its control's"]]
-    for name, start in STARTS.items():
-        runs, control, time = results[name], CONTROL[name], time_to(results[name].x.threshold)
+    rows = [["median updates, interpolated; fewer are better"], ["plain RL"], ["CF-RL"]]
+    rows += [["control: the same rates, nothing frozen"]]
+    rows += [["CF-RL's accuracy against its control's (undecided: more seeds needed)"]]
+    for name, (start, control, measure) in SETTINGS.items():
+        runs, time = results[name], time_to(results[name].x.threshold)
         column = [f"{statistics.median(runs.values(arm, time.of)):.1f}" for arm in ("rl", "cf-rl", control)]
-        first, end = (measure.said(runs, "cf-rl", control, len(ASKED[name])) for measure in (FIRST[name], END))
-        when = FIRST[name].heading.removeprefix("accuracy ")
+        first, end = (how.said(runs, "cf-rl", control, len(ASKED[name])) for how in (measure, END))
+        when = measure.heading.removeprefix("accuracy ")
         column = [f"{start}, to accuracy {runs.x.threshold:g}", *column, f"{first} {when}; at the end {end}"]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return rows
+
+
+# -------------------------------------------------------------------------------- what foretells that a fast W helps
+
+TOLD = ("rho20", "right", "by_first", "plain20", "snr20", "ahead")  # rho, and its rivals
+
+
+def speed_up(runs, start):
+    """Of W fast at a start: foretold from (E12), and measured."""
+    rho, plain, fast = (statistics.fmean(runs.values(start, name)) for name in ("rho20", "plain", "fast"))
+    return 1.24 * (1 + 19 * rho), plain / fast
+
+
+def spearman(x, y):
+    """Rank correlations (...) of x with y, (..., N) each."""
+    from scipy.stats import rankdata, zscore  # slow to import
+
+    return (zscore(rankdata(x, axis=-1), axis=-1) * zscore(rankdata(y, axis=-1), axis=-1)).mean(axis=-1)
+
+
+def foretellers(runs, starts, sizes):
+    """A table: what may foretell the speed-up of N starts, rho first; what the rule says of rho (rules.md); and whether
+    it has starts that differ by the size of a batch in their order."""
+    (told, speed), N, draws = np.array([speed_up(runs, start) for start in starts]).T, len(starts), default_rng(0)
+    x = np.array([[statistics.fmean(runs.values(start, name)) for start in starts] for name in TOLD])  # (M, N)
+    some, shuffled = draws.integers(N, size=(9999, N)), draws.permuted(np.tile(speed, (9999, 1)), axis=1)
+    rank, chance = spearman(x, speed), spearman(x[:, None], shuffled)  # (M,), (M, 9999)
+    low, high = np.quantile(spearman(x[:, some], speed[some]), (0.025, 0.975), axis=1)  # (M,) each
+    p = (abs(chance) > abs(rank[:, None]) - 1e-9).mean(axis=1)
+    near, apart = (abs(np.log2(told / speed)) <= 1).sum(), ((x[0] > 0.1) == (speed >= 1.5)).sum()
+    holds = rank[0] >= 0.6 and low[0] > 0.2 and max(abs(rank[1:])) < rank[0] and near >= 14 and apart >= 13
+    refuted = rank[0] < 0.3 or max(abs(rank[1:])) > rank[0]
+    yield ["number", "rank correlation with the speed-up", "95% interval", "p"]
+    for heading, r, a, b, q in zip(TOLD, rank, low, high, p, strict=True):
+        yield [heading, f"{r:+.2f}", f"{a:+.2f} to {b:+.2f}", f"{q:.3f}"]
+    said = "refuted" if refuted else "holds" if holds else "undecided"
+    yield ["rho20, by the rule", said, f"{near} of {N} within a factor of 2", f"{apart} of {N} told apart"]
+    yield ["rho20, sizes of a batch", f"{spearman(*np.array([speed_up(runs, of) for of in sizes]).T):+.2f}", "", ""]
 
 
 # ------------------------------------------------------------------------------------------ what the pages say in words
@@ -267,7 +307,6 @@ PINS = (
     ("lp-ft", "ft", "rl", END, 1, "undecided"),
     *(("real-best", "cf-rl", base, TO_6, "more") for base in ("rl", "control", "fast-classifier")),
     *(("real-best", arm, "rl", TO_6, "equal") for arm in ("control", "fast-classifier", "body-only", "body-first")),
-    *(("real-again", "cf-rl", base, OnEachSeed("", TO_6.of), 1, "more") for base in ("rl", "control")),
     *(("real-best", arm, "", MOSTLY_BODY, 1, "more") for arm in ("rl", "cf-rl", "control", "fast-classifier")),
     *((name, "rl", "", R_ALONE, 1, "less") for name in ("confidence", "real-best")),
     ("real-tokens", "rl", "ft", Measure("", as_accurate("own_top_tenth")), 1, "undecided"),

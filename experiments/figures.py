@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 
-from experiments.claims import CONTROL, STARTS
+from experiments.claims import SETTINGS, speed_up
 
 # Okabe and Ito's colours, safe for the colour-blind.
 BLUE, RED, GREEN, ORANGE, GREY = "#0072b2 #d55e00 #009e73 #e69f00 #999999".split()
@@ -30,18 +30,31 @@ def panels_in(path, count, size=(8, 3.2)):
 
 def plot_answer(results, path):
     """Accuracy against updates, from each start: does it help that W comes first, alone?"""
-    with panels_in(path, len(STARTS), size=(8, 3.4)) as panels:
-        for axes, (name, title) in zip(panels, STARTS.items(), strict=True):
+    with panels_in(path, len(SETTINGS), size=(8, 3.4)) as panels:
+        for axes, (name, (title, control, _)) in zip(panels, SETTINGS.items(), strict=True):
             runs = results[name]
             plot_curves(axes, runs, "classifier-last", "W last, alone", GREY)
             plot_curves(axes, runs, "rl", "plain RL", BLUE)
             plot_curves(axes, runs, "cf-rl", "CF-RL (W first, alone)", RED)
-            plot_curves(axes, runs, CONTROL[name], "control (nothing frozen)", GREEN)
+            plot_curves(axes, runs, control, "control (nothing frozen)", GREEN)
             plot_curves(axes, runs, "fast-classifier", "W fast throughout", ORANGE)
             axes.axvline(runs.x.n, color="#555555", linestyle=":")
             axes.set(title=title, xlabel="updates", xlim=(0, runs.x.rl_steps), ylim=(0, 1))
         panels[0].set_ylabel("accuracy: median, middle half of the seeds")
         panels[0].legend(fontsize=8, loc="lower right", framealpha=1, edgecolor="none")
+
+
+def plot_foretold(runs, starts, path):
+    """How much sooner W fast is: foretold against measured. Within the band the two differ by less than a factor of
+    two; what lies outside has its name."""
+    with panels_in(path, 1, size=(7, 4)) as axes:
+        axes.fill_between((0, 8), (0, 4), (0, 16), color=BLUE, alpha=0.1, linewidth=0)
+        for start in starts:
+            told, speed = speed_up(runs, start)
+            axes.plot(told, speed, "o", color=ORANGE if start == "SmolLM2" else BLUE)
+            if not told / 2 <= speed <= told * 2:
+                axes.annotate(start, (told, speed), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(xlabel="speed-up of W fast, foretold", ylabel="and measured", xlim=(0, 8), ylim=(0, 9))
 
 
 def token_axes(axes, tokens):

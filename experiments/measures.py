@@ -70,16 +70,15 @@ MOVED = tuple(f"confidence_{part}" for part in ("change", "by_W", "by_body", "re
 
 
 def agreement(probe, parts):
-    """Does W's part of the change of the logits, (N, V) of three, point where the whole does? Mean cosines at the ends
-    of prompts and within responses.
+    """Does W's part of the change of the logits, (N, V) of three, point where the whole does? The mean cosine within
+    responses.
 
     The mean over the vocabulary is subtracted first, because adding a constant to all logits changes no probability.
     """
     whole = parts[0] + (parts[1] + parts[2])
     by_W, whole = (part - part.mean(dim=1, keepdim=True) for part in (parts[0], whole))
     cosines = F.cosine_similarity(by_W, whole, dim=1)  # (N,)
-    where = {"prompt": cosines[probe.first], "continuation": cosines[~probe.first]}
-    return {f"agreement_{name}": values.mean().item() for name, values in where.items()}
+    return {"agreement_continuation": cosines[~probe.first].mean().item()}
 
 
 @torch.no_grad()
@@ -222,14 +221,11 @@ def growth_of_G(model, probe) -> float:
 
 
 def geometry(probe, phi) -> dict[str, float]:
-    """How alike the features (N, d) of the probe's states are: mean cosines of all pairs at the ends of prompts and
-    within responses, and there the share of positive ones."""
-    unit = F.normalize(phi, dim=1)
-    prompt, continuation = (
-        (some @ some.T)[~torch.eye(len(some), dtype=torch.bool)] for some in (unit[probe.first], unit[~probe.first])
-    )
-    row = {"cosine_prompt": prompt.mean().item(), "cosine_continuation": continuation.mean().item()}
-    return row | {"positive_continuation": (continuation > 0).float().mean().item()}
+    """How alike the features (N, d) of the probe's states within responses are: the mean cosine of all pairs, and the
+    share of positive ones."""
+    unit = F.normalize(phi, dim=1)[~probe.first]
+    pairs = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+    return {"cosine_continuation": pairs.mean().item(), "positive_continuation": (pairs > 0).float().mean().item()}
 
 
 @torch.no_grad()

@@ -6,21 +6,18 @@ What the pages say in words is in claims.PINS: if the data contradict one of the
 """
 
 import importlib.util
-import itertools
 import json
 import re
-import statistics
 from pathlib import Path
 
-from experiments import claims, figures, one_update, real_model, scores
-from experiments.arms import EXPERIMENTS as OF_THE_TOY
-from experiments.runs import missing, read_csv, read_record, record_of, write_whole
+from experiments import arms, claims, figures, one_update, real_model, scores
+from experiments.runs import missing, read_record, record_of, write_whole
 from experiments.scores import END, RUN, Measure, closely, compared, markdown, means, never, speed, time_to
 from model import check
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *(HERE / f"{name}.md" for name in ("results", "one_update", "foretell")))
-EXPERIMENTS = OF_THE_TOY | real_model.EXPERIMENTS
+EXPERIMENTS = arms.EXPERIMENTS | real_model.EXPERIMENTS
 
 
 # ------------------------------------------------------------------------------------------- columns, and comparisons
@@ -59,10 +56,8 @@ BOTH = (
     Measure("positive inner products", "positive_continuation@0", ".0%"),
     Measure("mean cosine", "cosine_continuation@0", ".2f"), Measure("R's cosine", "agreement_continuation", ".2f"),
 )  # fmt: skip
-DIVERSITY = (
-    Measure("pass@1", "best_of_1", ".2f"), Measure("pass@8", "best_of_8", ".2f"),
-    Measure("pass@64", "best_of_64", ".2f"), Measure("answers in 64", "different_answers", ".1f"),
-)  # fmt: skip
+DIVERSITY = [Measure(f"pass@{k}", f"best_of_{k}", ".2f") for k in (1, 8, 64)]
+DIVERSITY += [Measure("answers in 64", "different_answers", ".1f")]
 REGIMES = (
     Measure("share of s, start", "share_s@0"), Measure("lowest", claims.lowest), Measure("end", "share_s"),
     Measure("accuracy, start", "accuracy@0", ".2f"), Measure("end", "accuracy", ".2f"),
@@ -74,6 +69,9 @@ REAL_SHOWN = ("rl", "cf-rl", "control", "fast-classifier")
 
 
 TOKENS = ("rl", "ft", "random-reward")
+KNOWN = [Measure(name, name, ".2f") for name in "right rho5 rho10 rho20 plain20 snr20 by_first".split()]
+CAME = [Measure(name, name, ".2f") for name in "plain fast ahead plain_end fast_end".split()]
+STARTS = (*arms.STARTS, "SmolLM2")
 
 
 # ------------------------------------------------------------------------------------------------- tables of their own
@@ -90,11 +88,8 @@ def never_rows(results):
     """Which runs never get to the threshold, and count with all their updates: a column for each experiment."""
     rows = []
     for name, runs in results.items():
-        ways = {}
-        for arm in runs.x.arms:
-            for seed in never(runs, arm.name):
-                ways.setdefault(seed, []).append(f"`{arm.name}`")
-        named = "; ".join(f"{seed}: {', '.join(arms)}" for seed, arms in sorted(ways.items()))
+        ways = {arm.name: never(runs, arm.name) for arm in runs.x.arms}
+        named = "; ".join(f"`{way}`: {', '.join(map(str, seeds))}" for way, seeds in ways.items() if seeds)
         rows.append([f"`{name}`, {runs.x.threshold:g}", named or "none"])
     return [list(column) for column in zip(*rows, strict=True)]
 
@@ -109,16 +104,10 @@ def named(name, rows):
     return [rows[0]] + [[f"{name}: {row[0]}", *row[1:]] for row in rows[1:]]
 
 
-def foretold(rows):
-    """What is known of each start before any update, over its seeds."""
-    columns = {"accuracy": "right", "rho, 5 batches": "rho5", "10": "rho10", "20": "rho20", "plain share": "plain20"}
-    columns |= {"signal over noise": "snr20", "by first token": "by_first"}
-    table = [["start", *columns, "foretold"]]
-    for start, seeds in itertools.groupby(rows, lambda row: row["start"]):
-        of = {name: [row[name] for row in each] for each in [[*seeds]] for name in columns.values()}
-        speed = 1.24 * (1 + 19 * statistics.fmean(of["rho20"]))
-        table.append([start, *(scores.over_seeds(values, ".2f") for values in of.values()), f"{speed:.1f}"])
-    return table
+def came(runs):
+    """What came of each start, and what was foretold."""
+    told = [["foretold", "measured"]] + [[f"{times:.1f}" for times in claims.speed_up(runs, start)] for start in STARTS]
+    return [[*row, *more] for row, more in zip(means(runs, CAME, STARTS), told, strict=True)]
 
 
 def peaks(runs):
@@ -139,7 +128,9 @@ def sections(R, update):
     few = ("sft", "rl", "cf-rl", "classifier-only")
     tables |= {
         "answer": claims.answers(R),
-        "foretell": foretold(read_csv(scores.DATA / "foretell.csv")),
+        "known": means(R["foretell"], KNOWN, STARTS),
+        "came": came(R["foretell"]),
+        "foretell": [*claims.foretellers(R["foretell"], STARTS[:16], ("1000 updates", *STARTS[16:19]))],
         "never": never_rows({name: R[name] for name in ("best", "best-learning", *claims.AGAIN)}),
         "claims": claims.papers(R),
         "confidence": means(R["confidence"], COLUMNS, SHOWN),
@@ -177,6 +168,7 @@ def stored():
     results = {name: scores.load(x) for name, x in EXPERIMENTS.items()}
     results |= {f"pooled{toy}": results[f"best{toy}"] + results[f"again{toy}"] for toy in ("", "-learning")}
     results["real-tokens"] += results["real-best"]  # which has plain RL
+    results["foretell"] = scores.load(arms.Experiment("foretell", arms.some("rl")))
     results["regime-2"] = results["regime-2"].some(lambda start: start["success_d"] >= 0.1)  # a rule of results.md
     return results, json.loads((scores.DATA / "one_update.json").read_text("utf-8"))
 
@@ -204,6 +196,7 @@ def main(folders):
     check(not wrong, f"the data contradict what the pages say: {'; '.join(wrong)}")
     check(importlib.util.find_spec("matplotlib"), 'the pictures need matplotlib: pip install -e ".[report]"')
     figures.plot_answer(results, HERE / "curves.png")
+    figures.plot_foretold(results["foretell"], (*STARTS[:16], "SmolLM2"), HERE / "foretell.png")
     figures.plot_influence(update["influence"], update["labels"], HERE / "influence.png")
     for page, text in rewritten(sections(results, update)).items():
         write_whole(page, text.encode())

@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 # the updates that they take, as a share of plain RL's: written down on 2026-11-26, before the runs that it judges.
 MARGIN, TIME_MARGIN = 0.02, 0.1
 STAGED = ("accuracy", "kernel_G_by_W")
-AVERAGED = {"accuracy": "run"} | {name: name for name in ("agreement_prompt", "agreement_continuation")}
+AVERAGED = {"accuracy": "run", "agreement_continuation": "agreement_continuation"}
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
@@ -82,12 +82,6 @@ def seeds_to_decide(differences, margin=MARGIN, looks=1):
     of a verdict are about even. ValueError as of judge."""
     more = (n for n in range(len(differences), 2000) if judge(differences, margin, looks, n) != "undecided")
     return next(more, 2000)
-
-
-def in_words(said, more, less, equal):
-    """What judge said, in the words of a question. If it is slight, that too."""
-    word = dict(more=more, less=less, equal=equal, undecided="undecided")[said.removeprefix("slightly ")]
-    return word + (", by less than the margin" if said.startswith("slightly ") else "")
 
 
 def over_seeds(values, form):
@@ -198,9 +192,11 @@ class Measure:
         return judge(self.gaps(runs, arm, base), self.margin(runs), looks)
 
     def said(self, runs, arm, base, looks=1):
-        """The verdict on an arm minus a base, or on an arm if that is "", in words. Of times also whether a signed-rank
-        test at 5% alone says another thing."""
-        said = in_words(self.verdict(runs, arm, base, looks), *self.words)
+        """The verdict on an arm minus a base, or on an arm if that is "", in words. If it is slight, that too. Of times
+        also whether a signed-rank test at 5% alone says another thing."""
+        _, slight, word = self.verdict(runs, arm, base, looks).rpartition("slightly ")
+        said = dict(zip(("more", "less", "equal"), self.words, strict=True)).get(word, word)
+        said += ", by less than the margin" if slight else ""
         if not self.timed or said.startswith(self.words[:2]) == by_ranks(self.gaps(runs, arm, base)):
             return said
         return said + (", not by ranks" if said.startswith(self.words[:2]) else ", yet decided by ranks")
@@ -228,15 +224,6 @@ def times_by_ratio(threshold):
     took = time_to(threshold).of
     of = lambda runs, arm, seed: math.log2(max(0.1, took(runs, arm, seed)))  # noqa: E731
     return Measure("log2 of the updates", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
-
-
-@dataclass(frozen=True)
-class OnEachSeed(Measure):
-    """One that is decided if every seed says the same."""
-
-    def verdict(self, runs, arm, base, looks=1):
-        gaps = self.gaps(runs, arm, base)
-        return "more" if min(gaps) > 0 else "less" if max(gaps) < 0 else "undecided"
 
 
 def early(runs, arm, seed):
@@ -308,6 +295,4 @@ def shown(x, out):
 def keep(x, out):
     """Write what a run gave into data/: six digits of the real model, four of the toy."""
     digits = 6 if x.name.startswith("real") else 4
-    rows = list(collected(x, out, digits))
-    check(rows, f"{out} holds no finished job")
-    write_whole(DATA / f"{x.name}.csv", as_csv(rows, digits))
+    write_whole(DATA / f"{x.name}.csv", as_csv(list(collected(x, out, digits)), digits))

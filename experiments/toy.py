@@ -24,12 +24,6 @@ def check_start(x):
     check_parts(x, [name for name, _ in model.named_parameters()])
 
 
-def content_of(model):
-    weights = io.BytesIO()
-    torch.save(model.state_dict(), weights)
-    return weights.getvalue()
-
-
 def policy(x, content):
     """The task, and the policy that a file of an experiment holds."""
     task = Addition(x.digits)
@@ -46,7 +40,9 @@ def new_start(x, seed):
         list(supervised_finetune(model, task, config, stream(seed, name)))
     if x.before:
         list(train_rl(model, task, RLConfig((Stage(x.before, lr=x.lr),), **x.rl), stream(seed, "before")))
-    return content_of(model)
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    return weights.getvalue()
 
 
 def rows_of(x, out, seed, arm):

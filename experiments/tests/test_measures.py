@@ -81,7 +81,7 @@ def test_the_microscope_s_columns_add_up_to_what_happened_on_the_probe(seed):
         whole, by_W = ((logits - before) - (logits - before).mean(dim=1, keepdim=True) for logits, _ in after[:2])
         cosines = torch.stack([a @ b / a.norm() / b.norm() for a, b in zip(by_W, whole, strict=True)])
         expected = {"step": n, "measured": n, "seconds": n, "tokens": (10, 30, 60)[n - 1]}
-        expected |= {"agreement_prompt": cosines[first].mean(), "agreement_continuation": cosines[~first].mean()}
+        expected["agreement_continuation"] = cosines[~first].mean()
         expected |= zip(("confidence_change", "confidence_by_W", "confidence_by_body"), rises, strict=True)
         expected["confidence_residual"] = rises[0] - rises[1] - rises[2]
         assert n == 1 or agrees(rows[n - 2], expected)
@@ -143,7 +143,6 @@ def test_a_row_at_the_end_of_a_stage_reports_how_far_the_policy_is_from_its_star
         "W_moved": (W - old_W).norm() / old_W.norm(),
         "body_moved": (body - old_body).norm() / old_body.norm(),
         "kernel_G_by_W": G.norm() / old_G.norm(),
-        "cosine_prompt": cosines_of_pairs(phi[first]).mean(),
         "cosine_continuation": cosines_of_pairs(phi[~first]).mean(),
         "positive_continuation": (cosines_of_pairs(phi[~first]) > 0).float().mean(),
     }

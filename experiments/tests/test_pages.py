@@ -51,7 +51,7 @@ def test_all_that_a_table_asks_of_a_start_is_asked_together(monkeypatch):
     R, looks, judge = stored()[0], [], scores.judge
     monkeypatch.setattr(scores, "judge", lambda *question: looks.append(question[2]) or judge(*question))
     monkeypatch.setattr(scores, "seeds_to_decide", lambda *question: 0)
-    monkeypatch.setattr(claims, "STARTS", {"again": ""})
+    monkeypatch.setattr(claims, "SETTINGS", {"again": claims.SETTINGS["again"]})
     tables = [
         (claims.answers, R),
         (scores.compared, R["best"], [END], claims.OF_BEST),
@@ -69,11 +69,11 @@ def test_a_claim_is_asked_with_the_family_that_the_rules_give_it():
     asked = [claims.family(name, how) for _, _, _, *questions in claims.PAPERS for name, _, _, how in questions]
     assert asked.count(9) == 6 and asked.count(2) == 8 and asked.count(len(asked) - 14) == len(asked) - 14
     said = claims.depends("lower", "lower", "lower", "undecided", "higher", "equal")
-    assert said == "lower without it: toy 1 yes, toy 2 lower, undecided, SmolLM2 no"
+    assert said == "frozen W is worse: toy 1 yes, toy 2 lower, undecided, SmolLM2 no"
     said = [claims.few(*both, "one") for both in (("yes", "yes"), ("yes", "undecided"), ("undecided", "no"))]
-    assert said == [f"in the toy one; in SmolLM2 {word}" for word in ("yes", "undecided", "one of three")]
+    assert said == [f"toy: one; SmolLM2: {word}" for word in ("yes", "undecided", "one token of three")]
     said = claims.first_helps("helps", "harms", "undecided", "harms", "helps", "equal")
-    assert said == "if d is rare yes; toy 1: undecided, then harms; SGD : helps, then equal"
+    assert said == "if d is rare: yes; toy 1: undecided, then harms; SGD: helps, then equal"
 
 
 def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ class UnknownBody(ValueError):
 
 
 def gradient_products(body, size, states, states2=None):
-    """The inner products (N, U, M, U) of the gradients of all outputs in the body's parameters: between the N states
+    """The inner products (N, U, M, U) of all outputs' gradients for the body's parameters: between the N states
     `states` and the M states `states2`, or among `states` alone.
 
     A set of states is a triple: tokens (B, T), a mask (B, T) that selects N of their positions, and constants C
@@ -106,9 +106,9 @@ def inputs_and_backprops(body, states, block):
 
 
 def is_known(module):
-    """Whether a module's own parameters are those of a linear layer or an embedding, which is a weight matrix and
-    perhaps a bias; or those of a norm, which are vectors; or none. GPT-2, GPT-NeoX, Llama and Qwen2 are made of such
-    modules. (Their rotary positions, for example, have no parameters.)"""
+    """Whether a module's own parameters are a weight matrix and perhaps a bias (a linear layer, an embedding), or
+    vectors (a norm), or none. GPT-2, GPT-NeoX, Llama and Qwen2 are made of such modules. (Their rotary positions, for
+    example, have no parameters.)"""
     dims = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
     return set(dims.values()) <= {1} or dims in ({"weight": 2}, {"weight": 2, "bias": 1})
 
@@ -130,8 +130,8 @@ def as_linear(module, x, g):
     x = x.reshape(len(x), g.size(2), -1)
     if "bias" in names:
         x = nn.functional.pad(x, (0, 1), value=1.0)
-    # We leave out the first tokens if all their g are 0. After the last attention those are the tokens before the
-    # shortest state's own, because there an output depends on the state's own token alone.
+    # We leave out the first tokens if all their g are 0. After the last attention an output depends on the state's own
+    # token alone, so these are all tokens before the first state's own.
     start = next((t for t in range(g.size(2)) if g[:, :, t].any()), g.size(2) - 1)
     return x[:, start:], g[:, :, start:].contiguous()  # because inner_products reads it many times
 

@@ -84,7 +84,7 @@ def _check_rates(**rates):
 def group_advantages(rewards: Tensor, kind: str = "std") -> Tensor:
     """Rewards (P, S) -> advantages (P, S): how much better was each sample than its own group?  (E2)
 
-    mean  the reward minus the group's mean (Dr. GRPO)       std   that, over the group's population std (GRPO)
+    mean  the reward minus the group's mean (Dr. GRPO)       std   that, divided by the group's population std (GRPO)
     rloo  the reward minus the mean of the OTHER samples     none  the reward itself (REINFORCE)
 
     (arXiv 2503.20783, 2402.03300 and, of rloo, 2402.14740.)
@@ -153,7 +153,7 @@ def classifier_gradient(features, logits, actions, advantages, mask, count: int 
 
 
 def _count_tokens(count, mask, advantages, **others):
-    """N of (E3): the `count` that is given, else the mask's tokens. ValueError if there are none, or for shapes."""
+    """N of (E3): the `count` that is given, else the mask's tokens. ValueError if N is 0, or for shapes that differ."""
     shapes = {name: tuple(x.shape) for name, x in {**others, "advantages": advantages}.items()}
     right = mask.ndim == 2 and mask.dtype == torch.bool and all(x.shape[:2] == mask.shape for x in others.values())
     check(right and advantages.shape == mask.shape[:1], f"mask {tuple(mask.shape)} {mask.dtype} does not fit {shapes}")
@@ -166,10 +166,10 @@ def centred_log_ratio(logp: Tensor, reference_logp: Tensor, mask: Tensor, sample
     """log pi(y) - log pi_ref(y) of whole responses, minus the group's mean: (B, L) three times -> (P, S) in nats  (E6).
 
     Subtract lambda times this from the advantages, and (E3) also descends lambda KL(pi || pi_ref), up to two factors:
-    (S-1)/S, because a sample is a part of its group's mean, and 1 over the responses' mean length. The ratio is a
-    constant for the gradient, because grad KL = E[log(pi/pi_ref) grad log pi] + E[grad log pi], and the last term is 0.
-    It is subtracted AFTER the rewards are normalised: before, the std of a solved group, which is almost 0, would make
-    the penalty as large as any reward. Our derivation.
+    (S-1)/S, because a sample is a part of its group's mean, and 1 over the responses' mean length. We need not
+    differentiate the ratio, because grad KL = E[log(pi/pi_ref) grad log pi] + E[grad log pi], and the last term is 0.
+    We subtract it AFTER the rewards are normalised. Otherwise they would be divided by the std of a solved group, which
+    is almost 0, and the penalty would be as large as any reward. Our derivation.
     """
     ratio = (logp - reference_logp).masked_fill(~mask, 0.0).sum(dim=1).view(-1, samples)  # (P, S)
     return ratio - ratio.mean(dim=1, keepdim=True)
@@ -261,8 +261,8 @@ def _optimizer(model, stage, make):
 def _descend(optimizer, trained):
     """Take one optimiser step, in place, and return the gradients' norm. FloatingPointError if that is not finite.
 
-    We do not clip gradients. A norm that all parameters share would shrink W's step more in the control, where the body
-    has gradients too, than in CF-RL, and then the two would differ in more than the freezing.
+    We do not clip gradients. Clipping by a norm that all share would shrink W's step more in the control, where the
+    body has gradients too, than in CF-RL, and then the two would differ in more than the freezing.
     """
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
     _require_finite("gradient norm", norm)
@@ -330,7 +330,7 @@ def _draw_pairs(task, count, generator):
 class SFTConfig:
     """Settings of supervised fine-tuning, which makes the starting policy. ValueError for unusable values."""
 
-    stages: tuple[Stage, ...]  # Adam's rates, times a factor that rises to 1 and falls to 0
+    stages: tuple[Stage, ...]  # Adam's rates, times a factor that rises and then falls
     rows: int = 48  # demonstrations per update
     noise: float = 0.1  # probability that a column of s is demonstrated wrong
     mixture: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of the demonstrations in task.patterns: d, s, g
@@ -360,7 +360,7 @@ def _demonstrations(task, config, generator):
 def supervised_finetune(model: nn.Module, task, config: SFTConfig, generator: torch.Generator) -> Iterator[dict]:
     """Fit the policy to demonstrations: (E3) with every advantage 1. Yields step, stage and loss after each update.
 
-    The factor of the rates rises over the first 20 updates, and falls linearly over all of them. ValueError for what
+    In update n of N, over all stages, the rates are multiplied by min(n / 20, 1 - (n - 1) / N). ValueError for what
     cannot be trained.
     """
     one_each = len(config.mixture) == len(task.patterns)
@@ -417,7 +417,7 @@ class Addition:
 
     **What a task is.** `rollout` and `train_rl` take this class, or any object with
 
-        train_pairs                      (N, 2) int64: what the questions that are trained on are made of
+        train_pairs                      (N, 2) int64: the numbers of each training question
         prompt(a, b)                     a question as text. The prompts of one rollout are equally long in tokens
         encode(text), decode(tokens)     from text to a list of tokens, and back. encode may put a begin token first
         end_token                        the token that ends a response
@@ -451,7 +451,7 @@ class Addition:
         end = {"<end>": self.end_token}
         self.tokenizer = tiktoken.Encoding("sums", pat_str=".", mergeable_ranks=ranks, special_tokens=end)
         self.block_size = 5 * digits + 6  # the prompt, the longest demonstration (s) and the end token
-        size = (10**digits, 10**digits)  # of one dtype, whatever the default: the split must never move
+        size = (10**digits, 10**digits)  # and float32, whatever the default dtype: the split must never move
         draw = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         held_out = torch.minimum(draw, draw.T) < 0.05  # symmetric: knowing b+a must not give a+b away
         order = torch.randperm(int(held_out.sum()), generator=torch.Generator().manual_seed(0))
@@ -505,7 +505,7 @@ class Addition:
     def encode(self, text: str) -> list[int]:
         """Text -> tokens, one per character. ValueError naming a foreign character."""
         for character in text:
-            if character not in self.alphabet:  # checked first: tiktoken panics, beyond `except Exception`
+            if character not in self.alphabet:  # checked first: `except Exception` misses tiktoken's panic
                 raise ValueError(f"character {character!r} is not in the alphabet {self.alphabet}")
         return self.tokenizer.encode_ordinary(text)
 

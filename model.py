@@ -9,8 +9,8 @@ Dynamics in RL Post-Training for Language Models", arXiv 2601.04670.
 In GPT-2, W and the token embedding are one matrix: they are tied. Here they are two, because a tied W is also a part of
 the body, and training it alone would move the features. (To untie a model:
 `head.weight = nn.Parameter(head.weight.detach().clone())`.) Everything else is GPT-2 but for the exact GELU: learned
-positions, pre-norm blocks, a 4x MLP. We leave out dropout, devices, mixed precision, and fused attention, which has no
-forward-mode derivative on a CPU, and ntk.py needs one.
+positions, pre-norm blocks, a 4x MLP. We leave out dropout, mixed precision, and fused attention: on a CPU it has no
+forward-mode derivative, which ntk.py needs.
 
 Shapes: P prompts, B rows, T tokens, V vocabulary, d features, h heads.
 """
@@ -121,14 +121,13 @@ class GPT(nn.Module):
         config.vocab_size           V: tokens are 0 to V-1
         features(tokens)            (B, T) -> phi (B, T, d), causal
         classifier                  a plain nn.Linear(d, V, bias=False) that shares its weight with nothing in the body
-        model(tokens)               classifier(features(tokens)), and nothing else is done to it (E1). It may return the
-                                    logits of the last positions alone
+        model(tokens)               classifier(features(tokens)) exactly (E1), at all positions or the last ones alone
         body                        the nn.Module that holds all other parameters; body(tokens) is features(tokens)
         body(tokens, cache)         phi of tokens that continue those of earlier calls. `cache` is one list for each of
                                     `body.blocks`, empty at first. The body stores tensors in it whose first dimension
                                     is the row, and `sample` repeats the rows
 
-    `check_policy` refuses what it can tell from that. It also takes a policy out of torch.compile's wrapper.
+    `check_policy` refuses a model that it sees break these rules. It also removes torch.compile's wrapper.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
@@ -174,8 +173,8 @@ def residuals(logits: Tensor, actions: Tensor) -> Tensor:
 
 
 def check_policy(model: nn.Module, tokens: Tensor) -> nn.Module:
-    """The policy itself, out of torch.compile's wrapper. ValueError, naming the reason, unless it is what GPT says that
-    a policy is; the first row of `tokens` (B, T) is tried."""
+    """The policy, without torch.compile's wrapper. ValueError, with the reason, if it breaks a rule of GPT's docstring.
+    We try it on the first row of `tokens` (B, T)."""
     model = getattr(model, "_orig_mod", model)
     head = model.classifier
     plain = type(head) is nn.Linear and head.bias is None and isinstance(head.weight, nn.Parameter)  # no weight_norm

@@ -6,13 +6,13 @@ A policy-gradient step of size eta on states x_i with tokens y_i and advantages 
     R(x, x') = <phi(x), phi(x')> I_V          the representation component: what moving W does
     G(x, x') = W J(x) J(x')^T W^T             the gradient component: what moving the body does, J = d phi / d theta
 
-Read the paper's two names as "through W" (R) and "through the body" (G); those are the words that we use below.
+Read the paper's two names as "through W" (R) and "through the body" (G). Below we use both pairs of names.
 
 The kernel: `empirical_ntk` is fast, and the appendix fast_ntk.py says how; `gradient_by_definition` is G as it is
-written here, in a few lines, and slow. Any update, Adam's for example, without a kernel (E8): `logit_change` to first
-order, `exact_split` exactly; both say what the change of W does, and what the change of the body. What that does to
-entropy and confidence (E9): `entropy_change` and `confidence_change` to first order, `split_effect` exactly. Who
-teaches whom (E10): `influence`.
+written here, in a few lines, and slow. Of any update, Adam's too, `logit_change` (to first order) and `exact_split`
+(exactly) say what its change of W does to the logits, and what its change of the body does, without a kernel (E8).
+`entropy_change`, `confidence_change` (to first order) and `split_effect` (exactly) say what that does to entropy and
+confidence (E9). `influence` says who teaches whom (E10).
 
 Source: Tomihari, arXiv 2601.04670, re-derived. Left out on purpose: kernels in expectation or at infinite width,
 low-rank approximations, devices.
@@ -47,7 +47,7 @@ class NTK:
 
 
 def _check_states(model, tokens, mask):
-    """The policy, out of a compiled one. ValueError unless it has a kernel and `mask` selects states of `tokens`."""
+    """The policy, unwrapped. ValueError unless its kernel can be computed and `mask` selects states of `tokens`."""
     inference = tokens.is_inference() or torch.is_inference_mode_enabled()
     check(not inference, "nothing can be differentiated in torch.inference_mode: use torch.no_grad")
     model = check_policy(model, tokens)
@@ -208,7 +208,7 @@ def influence(model: nn.Module, tokens: Tensor, mask: Tensor, advantages: Tensor
 
     to first order and per unit of the step size. `mask` (B, T) selects the N states from which the tokens were sampled,
     so a state's token is the next one in its row. `advantages` (B,) has one number per row. The sum over i is what one
-    gradient step on sum_i A_i log pi_i adds to log pi_j, up to second order (E7). Our derivation.
+    gradient step on sum_i A_i log pi_i adds to log pi_j, to first order (E7). Our derivation.
 
     R's part is A_i <phi_i, phi_j> <r_i, r_j>. G's part is A_i times the inner product of the gradients of log pi_i and
     log pi_j in the body. So one number per state is differentiated, log pi of its token, and no V x V block of the

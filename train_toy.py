@@ -29,10 +29,10 @@ ARMS = {
     # has one, but it freezes nothing. Where it is as fast as CF-RL, the high rate is enough.
     "control": (Stage(20, "all", 4e-4, classifier_lr=8e-3), Stage(60, "all", 4e-4)),
 }
-PROMPTS, SAMPLES = 32, 8  # of an update: so many prompts, and so many responses to each, which are compared
-EVERY, EVALUATED, AT_THE_END, PROBES = 4, 64, 256, 32  # updates per evaluation; prompts of each, the last, the probe
+PROMPTS, SAMPLES = 32, 8  # per update: prompts, and responses to each prompt, which are compared with each other
+EVERY, EVALUATED, AT_THE_END, PROBES = 4, 64, 256, 32  # updates per evaluation; prompts of it, the table, the probe
 SFT_LR = 3e-3  # Adam's rate, before its schedule, in the supervised fine-tuning (SFT) that makes the start
-SFT_STEPS, THRESHOLD, SHORTER = 1000, 0.9, 1  # updates of SFT; an accuracy for arms to reach; divides their stages
+SFT_STEPS, THRESHOLD, SHORTER = 1000, 0.9, 1  # updates of SFT; accuracy that arms should reach; divisor of stages
 QUICK = 300, 0.2, 5  # --quick: other values of SFT_STEPS, THRESHOLD and SHORTER
 
 
@@ -154,7 +154,7 @@ def main(argv=None):
     args, task, questions = parse(argv)
     sft_steps, threshold, shorter = QUICK if args.quick else (SFT_STEPS, THRESHOLD, SHORTER)
     runs, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # On small matrices more are slower, and add in another order: other last bits.
+    torch.set_num_threads(1)  # More are slower on small matrices, and change the last bits of the results.
     try:
         start = make_start(task, args.seed, SFTConfig((Stage(sft_steps, lr=SFT_LR),)))
         runs["start"] = describe(start, task, args.seed, questions)

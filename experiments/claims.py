@@ -82,8 +82,8 @@ def yes(of, more="yes", less="no, the reverse", equal=f"no difference (within {M
 def first_helps(*said):
     """In each of three settings: whether it helps up to the peak, and harms after it."""
     settings = zip(said[::2], said[1::2], strict=True)
-    words = ["yes" if both == ("helps", "harms") else "{}, then {}".format(*both) for both in settings]
-    return "if d is rare: {}; toy 1: {}; SGD: {}".format(*words)
+    words = ["yes" if both == ("helps", "harms") else "first {}, then {}".format(*both) for both in settings]
+    return "d rare: {}; toy 1: {}; SGD: {}".format(*words)
 
 
 def around_peak(*halves):
@@ -132,21 +132,22 @@ PAPERS = (
      "{}: the likeliest token's probability rises, {before:.2f} to {after:.2f}",
      ("confidence", "rl", "sft", yes("confidence"))),
     ("1: and less diverse than imitation does",
-     "yes: 10.1 different answers against 14.6; imitation, W first: undecided",
-     "{}: {before:.1f} different answers against {after:.1f}; imitation, W first: {}",
+     "yes: 10.1 different answers against 14.6; if W imitates first: undecided",
+     "{}: {before:.1f} different answers against {after:.1f}; if W imitates first: {}",
      *(("lp-ft", arm, "rl", yes("different_answers", margin=0)) for arm in ("ft", "lp-ft"))),
-    ("1: confidence rises through R, by moving W", "by SGD yes, by Adam undecided; depends on W's scale",
-     "by SGD {}, by Adam {}; depends on W's scale", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
-    ("1: because features vary little", "by SGD yes; with R's size held fixed, no",
-     "by SGD {}; with R's size held fixed, {}",
+    ("1: confidence rises through R, by moving W", "SGD: yes; Adam: undecided; it depends on W's scale",
+     "SGD: {}; Adam: {}; it depends on W's scale", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
+    ("1: because features vary little", "SGD: yes; with R's size unchanged: no",
+     "SGD: {}; with R's size unchanged: {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
-    ("1: W shapes G, so that stage 2 learns faster", "G grows: yes; in the control too: yes; faster: undecided",
-     "G grows: {}; in the control too: {}; faster: {}",
+    ("1: W shapes G, so that stage 2 learns faster",
+     "G grows: yes; also in the control: yes; stage 2 faster: undecided",
+     "G grows: {}; also in the control: {}; stage 2 faster: {}",
      *(("classifier", arm, "", yes(GROWTH, margin=0)) for arm in ("cf-rl", "control")),
      ("classifier", "cf-rl", "", yes(stage_2_lead, equal="no"))),
-    ("1: part of the gain is concentration: best-of-N catches up", "yes: RL's lead over the start shrinks as N grows",
-     "{}: RL's lead over the start shrinks as N grows",
+    ("1: part of the gain is concentration: best-of-N catches up", "yes: with more samples RL's lead shrinks",
+     "{}: with more samples RL's lead shrinks",
      ("learning", "rl", "sft", yes(row(lambda r: r["best_of_1"] - r["best_of_64"])))),
     ("1: CF-RL works otherwise than linear probing, then fine-tuning",
      "cannot tell: in both W grows and features move less", same_marks,
@@ -158,15 +159,14 @@ PAPERS = (
     ("2: RL changes a few critical tokens", "toy: one, by design; SmolLM2: one token of three", few,
      *(("real-tokens", "rl", "", measure) for measure in FEW),
      ("confidence", "rl", "", yes(more_than_half("kl_first", "kl"), "one, by design", margin=0))),
-    ("2: if only the best pattern beats average, its share just rises", "yes", "{}",
+    ("2: if only the best pattern beats average, its share just rises", "SGD: yes", "SGD: {}",
      ("regime-1", "rl-sgd", "sft", yes("share_s"))),
-    ("2: if a mediocre one does too, it first crowds that out",
-     "SGD: it crowds it out; Adam: undecided", "SGD: {}; Adam: {}",
-     *(("regime-2", arm, "", yes(dip, "it crowds it out", "no")) for arm in ("rl-sgd", "rl"))),
-    ("2: imitating the best pattern first shortens that", "yes, by design: it teaches that pattern", "{}",
-     ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy", "yes, by design: it teaches that pattern"))),
+    ("2: if a mediocre one does too, it first crowds that out", "SGD: yes; Adam: undecided", "SGD: {}; Adam: {}",
+     *(("regime-2", arm, "", yes(dip, less="no")) for arm in ("rl-sgd", "rl"))),
+    ("2: imitating the best pattern first shortens that", "SGD: yes, by design: it teaches that pattern",
+     "SGD: {}, by design: it teaches that pattern", ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy"))),
     ("2: RL on the policy's own certainty first helps, then harms",
-     "if d is rare: yes; toy 1: undecided, then harms; SGD: yes", first_helps,
+     "d rare: yes; toy 1: first undecided, then harms; SGD: yes", first_helps,
      *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
@@ -192,7 +192,7 @@ def verdict(results, text, questions):
 
 def papers(results):
     """A table: claim, verdict, and the experiment that shows it."""
-    yield ["claim", "here", "numbers"]
+    yield ["claim", "does it hold here? (by Adam, if not said)", "numbers"]
     for claim, _, text, *questions in PAPERS:
         name = questions[0][0]
         yield [claim, verdict(results, text, questions), f"[`{name}`](experiments/results.md#{name})"]

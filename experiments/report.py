@@ -70,7 +70,7 @@ REAL_SHOWN = ("rl", "cf-rl", "control", "fast-classifier")
 
 TOKENS = ("rl", "ft", "random-reward")
 KNOWN = [Measure(name, name, ".2f") for name in "right rho5 rho10 rho20 plain20 snr20 by_first".split()]
-CAME = [Measure(name, name, ".2f") for name in "plain fast ahead plain_end fast_end".split()]
+CAME = [Measure("rate", "rate", "g"), *(Measure(n, n, ".2f") for n in "plain fast ahead plain_end fast_end".split())]
 STARTS = (*arms.STARTS, "SmolLM2")
 
 

@@ -83,7 +83,7 @@ def first_helps(*said):
     """In each of three settings: whether it helps up to the peak, and harms after it."""
     settings = zip(said[::2], said[1::2], strict=True)
     words = ["yes" if both == ("helps", "harms") else "first {}, then {}".format(*both) for both in settings]
-    return "d rare: {}; toy 1: {}; SGD: {}".format(*words)
+    return "d rare: {0}; SGD: {2}; toy 1: {1}".format(*words)
 
 
 def around_peak(*halves):
@@ -137,8 +137,8 @@ PAPERS = (
      *(("lp-ft", arm, "rl", yes("different_answers", margin=0)) for arm in ("ft", "lp-ft"))),
     ("1: confidence rises through R, by moving W", "SGD: yes; Adam: undecided; it depends on W's scale",
      "SGD: {}; Adam: {}; it depends on W's scale", ("scale", "rl-sgd", "", THROUGH_W), ("scale", "rl", "", THROUGH_W)),
-    ("1: because features vary little", "SGD: yes; with R's size unchanged: no",
-     "SGD: {}; with R's size unchanged: {}",
+    ("1: because features vary little", "SGD: yes, but with R's size held fixed: no",
+     "SGD: {}, but with R's size held fixed: {}",
      ("variability-sgd", ALIKE_AT_ONE, VARIED, yes("confidence_change", margin=0)),
      ("variability-sgd", ALIKE_KEPT, VARIED, yes("confidence_change", equal="no"))),
     ("1: W shapes G, so that stage 2 learns faster",
@@ -166,7 +166,7 @@ PAPERS = (
     ("2: imitating the best pattern first shortens that", "SGD: yes, by design: it teaches that pattern",
      "SGD: {}, by design: it teaches that pattern", ("regime-2", "sft-rl-sgd", "rl-sgd", yes("accuracy"))),
     ("2: RL on the policy's own certainty first helps, then harms",
-     "d rare: yes; toy 1: first undecided, then harms; SGD: yes", first_helps,
+     "d rare: yes; SGD: yes; toy 1: first undecided, then harms", first_helps,
      *((name, arm, "", change) for name, arm in CERTAIN for change in PEAK)),
 )  # fmt: skip
 
@@ -226,7 +226,7 @@ def answers(results):
     """The first table: how many updates each way takes, and CF-RL beside its control."""
     rows = [["median updates, interpolated; fewer are better"], ["plain RL"], ["CF-RL"]]
     rows += [["control: the same rates, nothing frozen"]]
-    rows += [["CF-RL's accuracy against its control's (undecided: more seeds needed)"]]
+    rows += [["accuracy, not updates: CF-RL against control (undecided: too few seeds)"]]
     for name, (start, control, measure) in SETTINGS.items():
         runs, time = results[name], time_to(results[name].x.threshold)
         column = [f"{statistics.median(runs.values(arm, time.of)):.1f}" for arm in ("rl", "cf-rl", control)]

@@ -73,7 +73,7 @@ def test_a_claim_is_asked_with_the_family_that_the_rules_give_it():
     said = [claims.few(*both, "one") for both in (("yes", "yes"), ("yes", "undecided"), ("undecided", "no"))]
     assert said == [f"toy: one; SmolLM2: {word}" for word in ("yes", "undecided", "one token of three")]
     said = claims.first_helps("helps", "harms", "undecided", "harms", "helps", "equal")
-    assert said == "d rare: yes; toy 1: first undecided, then harms; SGD: first helps, then equal"
+    assert said == "d rare: yes; SGD: first helps, then equal; toy 1: first undecided, then harms"
 
 
 def test_a_run_that_is_not_finished_is_not_taken(tmp_path, monkeypatch):

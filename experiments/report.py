@@ -139,7 +139,7 @@ def sections(R, update):
         "regimes": named("1", means(R["regime-1"], REGIMES)) + named("2", means(R["regime-2"], REGIMES))[1:],
         "peaks": named("d is rare", peaks(R["regime-1"])) + named("toy 1", peaks(R["rlif"]))[1:],
         "pooled": named("toy 1", tables["pooled"]) + named("toy 2", tables.pop("pooled-learning"))[1:],
-        "variability": means(R["variability-sgd"], ALIKE),
+        "variability": means(R["variability-sgd"], ALIKE, (claims.VARIED, claims.ALIKE_AT_ONE, claims.ALIKE_KEPT)),
         "scale": means(R["scale"], (THROUGH_W, RUN), SCALED),
         "classifier": means(R["classifier"], OF_G),
         "lp-ft": means(R["lp-ft"], MARKS),

@@ -83,8 +83,8 @@ def do(args):
 
 
 def main(argv=None) -> int:
-    """Returns the exit code: 0; 2, nothing was done; 1, a job stopped or a disk was full; 130, Ctrl-C. What is wrong is
-    said in one sentence."""
+    """Returns the exit code: 0; 2, an error ended the command; 1, jobs are not done; 130, Ctrl-C. What is wrong is said
+    in one sentence."""
     args = make_parser().parse_args(argv)
     try:
         return do(args) or 0

@@ -1,7 +1,7 @@
 """Arms and experiments, as data: an arm is a way to spend the updates, an experiment is arms, their start and settings.
 
-Names are written here and never taken apart: what an arm does stands in its other fields. `stages` makes the book's
-own Stages of them, and `train_as` trains.
+An arm's name is never taken apart: what an arm does stands in its other fields. `stages` makes minicfrl's Stages
+of arms, and `train_as` trains.
 """
 
 import itertools
@@ -108,7 +108,7 @@ def matched(*rates):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Its fields are the record of a run. ValueError for what the book's own configs refuse."""
+    """Its fields but `seeds` go into a run's record. ValueError for unusable settings."""
 
     name: str
     arms: list
@@ -156,7 +156,7 @@ class Experiment:
     def finetuning(self):
         """What makes the starting policy: (name, SFTConfig), one after the other."""
         yield "sft", SFTConfig((Stage(self.sft_steps, lr=SFT_LR),))
-        if self.tilt:  # all patterns are skills by now: this only makes some rare
+        if self.tilt:  # this makes some patterns rare, and goes on teaching
             yield "tilt", SFTConfig((Stage(150, lr=1e-3),), mixture=self.tilt)
 
 
@@ -210,7 +210,7 @@ LISTED = {
     "regime-2": SHARES | dict(arms=some("rl rl-sgd sft-rl-sgd"), tilt=(0.8, 0.01, 0.19), rl_steps=300, every=10),
     "rlif": HALVES | dict(arms=some("self-certainty self-certainty-sgd log-probability")),
 }
-# Starts of many kinds, of which foretell.py says how much a fast W will help. The first five cannot add yet.
+# Starts of many kinds: foretell.py says how much a fast W helps. The first five were meant not to add yet.
 AT_START, LATE = CURVED | dict(arms=some("rl"), rl_steps=60, n=5, every=2, measures="accuracy"), dict(rl_steps=120)
 STARTS = {
     "300 updates": UNTAUGHT | LATE, "300, wide": UNTAUGHT | LATE | dict(policy=dict(n_embd=96)),

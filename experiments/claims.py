@@ -99,8 +99,8 @@ def same_marks(*said):
 
 
 def few(most_of_kl, seldom, by_design):
-    """In the toy; and in SmolLM2: whether the top tenth of the states holds more than half of the KL, and the likeliest
-    token changes at less than a fifth (rules.md)."""
+    """The toy's verdict; and SmolLM2's: does the top tenth of the states hold over half of the KL, and the likeliest
+    token change at less than a fifth (rules.md)?"""
     other = "one token of three" if "no" in (most_of_kl, seldom) else "undecided"
     return f"toy: {by_design}; SmolLM2: {'yes' if most_of_kl == seldom == 'yes' else other}"
 
@@ -217,7 +217,7 @@ ASKED = {
     "pooled-learning": OF_POOLED,
     "real-best": OF_BEST,
 }
-# Of a setting: the start, the control with CF-RL's rates, and the first of the measures that the rules name.
+# Of a setting: the start, the control with CF-RL's rates, and the first accuracy that the rules name.
 SETTINGS = {"again": ("toy 1", "matched", EARLY), "again-learning": ("toy 2", "matched", EARLY)}
 SETTINGS |= {"real-best": ("SmolLM2", "control", RUN)}
 
@@ -256,8 +256,8 @@ def spearman(x, y):
 
 
 def foretellers(runs, starts, sizes):
-    """A table: what may foretell the speed-up of N starts, rho first; what the rule says of rho (rules.md); and whether
-    it has starts that differ by the size of a batch in their order."""
+    """A table: what may foretell the speed-up of N starts, rho first; what the rule says of rho (rules.md); and its
+    rank correlation over starts that differ by the size of a batch."""
     (told, speed), N, draws = np.array([speed_up(runs, start) for start in starts]).T, len(starts), default_rng(0)
     x = np.array([[statistics.fmean(runs.values(start, name)) for start in starts] for name in TOLD])  # (M, N)
     some, shuffled = draws.integers(N, size=(9999, N)), draws.permuted(np.tile(speed, (9999, 1)), axis=1)

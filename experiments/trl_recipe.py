@@ -1,7 +1,7 @@
 """CF-RL on a real model: the stage as a callback for TRL's GRPOTrainer. Needs the extra `trl`; see the README. The file
 imports nothing else of this project, and can be copied into another.
 
-- In stage 1 the body's gradients are dropped before each update: none at all, for zeros would let Adam's momentum move
+- In stage 1 the body's gradients are dropped before each update: none at all, because zeros would let weight decay move
   it. Freezing would spare computing them (an update without its sampling costs 0.95 of a full one, and would cost
   0.34). But what is frozen stays so, unnoticed, if training is cut short; and clipping would go by the norm of W's
   gradient alone, so that the control would not be matched.
@@ -167,7 +167,7 @@ def whole(classifier_steps):
 
 
 def numbers_of(group):
-    """What an optimiser counts in a group of parameters, if it does that there, and settings; but for the rate."""
+    """The numbers that an optimiser keeps in a group of parameters: settings and any counts, but not the rate."""
     return {name: x for name, x in group.items() if isinstance(x, Real) and type(x) is not bool and name != "lr"}
 
 
@@ -179,7 +179,7 @@ def classifier_of(model):
 
 
 def check_folder(args, model):
-    """What TRL reads from the model's folder, and not from the model, is there, and is untied."""
+    """If TRL reads the model from its folder, it has one; untied for vLLM and sync_ref_model."""
     reader = next((name for name in ("use_vllm", "sync_ref_model", "beta") if getattr(args, name, False)), None)
     folder, adapters = getattr(model.config, "_name_or_path", ""), hasattr(model, "peft_config")
     todo = "save the untied model by save_pretrained, and load that"
@@ -224,6 +224,6 @@ def check_optimizer(model, optimizer, update):
 
 
 def place(parameter):
-    """Where its numbers begin in memory, of a sharded one this process's; 0 if it has none here."""
+    """Where its storage begins in memory, of a sharded one this process's; 0 if none is here."""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.untyped_storage().data_ptr()

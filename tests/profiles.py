@@ -1,7 +1,7 @@
 """How many examples a property draws: the profile `fast`, or another that HYPOTHESIS_PROFILE names.
 
 A property that costs a lot is marked `@dear`, and draws a quarter of the profile's examples. A fixed number, such as 5,
-would hold for `soak` too: it would draw 5 examples and not 1,000.
+would hold for `soak` too: it would draw 5 examples and not 250.
 """
 
 import os

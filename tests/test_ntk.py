@@ -240,7 +240,7 @@ def test_what_the_fast_way_does_not_know_is_left_to_the_definition_with_a_warnin
     assert_equal(kernel.gradient, oracle(model, tokens, mask))
     logit_change(model, tokens, mask, {})
     assert [id(parameter) for parameter in model.parameters()] == before
-    for precise in (model, model.float()):
+    for precise in (model.to(dtype) for dtype in (torch.float64, torch.float32)):
         with pytest.raises(ValueError, match="^the body is not all linear layers"):
             influence(precise, *with_one_more(tokens, mask), torch.ones(2))
 
@@ -303,7 +303,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("change", KNOWN.values(), ids=KNOWN)
 def test_what_the_fast_way_does_know_needs_no_warning(change):
-    """Which would fail the test, in float32 as well: its check allows for its rounding."""
+    """A warning fails a test. Float32 gives none: the check allows for its rounding."""
     model = changed(change)
     with torch.no_grad():
         for name, parameter in model.body.named_parameters():
@@ -334,7 +334,7 @@ TOKENS, MASK = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch
         (TOKENS.repeat(1, 2), MASK.repeat(1, 2), "8 tokens are more than block_size=6"),
     ],
 )
-def test_bad_states_are_refused_in_one_sentence(tokens, mask, message):
+def test_bad_states_are_refused_by_every_call(tokens, mask, message):
     model = tiny_gpt(0)
     for call in (
         lambda: empirical_ntk(model, tokens, mask),

@@ -78,7 +78,7 @@ def small(update):
 
 
 @given(batch=batches(rows=(1, 4)))
-def test_for_a_gradient_step_the_two_parts_of_any_update_are_those_of_the_kernel(batch):
+def test_for_a_gradient_step_the_parts_of_logit_change_are_those_of_the_kernel(batch):
     """(E8) = (E7), part by part: -eta dL/dW phi = eta sum A_i R g_i, and likewise for the body. Prompt and padding
     tokens have no term in the sum, and need none."""
     weights = weighted_residuals(batch)

@@ -1,4 +1,4 @@
-"""What a policy, a task and a reward must be: what is not is refused in one sentence, and never trained wrongly."""
+"""What a policy, a task and a reward must be: what is not is refused, saying why, and never trained wrongly."""
 
 import copy
 

@@ -70,7 +70,7 @@ def test_the_expected_estimate_is_the_gradient_of_the_expected_reward(policy, re
 
 
 @given(policy=policies_of_three, extra=vectors(len(tokens), st.floats(0.1, 0.9)))
-def test_std_normalisation_changes_the_direction_of_the_expected_gradient(policy, extra):
+def test_std_turns_the_expected_gradient_where_all_rewards_are_different(policy, extra):
     """Dividing by a std of the sample is no constant factor: for rewards that are all different the cosine is below
     1."""
     rewards = torch.arange(7.0) ** 2 + extra
@@ -152,7 +152,7 @@ def gradient_of(batch, tokens=None, mask=None, A=None, count=None, model=None):
 
 
 @given(batch=batches(), data=st.data())
-def test_the_loss_does_not_depend_on_padding(batch, data):
+def test_padding_leaves_the_gradient_alone(batch, data):
     """Rewriting every token after a response's end, or appending more, leaves the gradient as it is: causal attention
     keeps padding out of earlier states, the mask keeps it out of the sum."""
     tokens, mask = batch.tokens, batch.mask

@@ -21,7 +21,7 @@ def tags(text):
 
 
 def test_every_equation_of_the_readme_has_its_line_of_code_and_the_other_way_round():
-    """Each is defined once."""
+    """Their sets are equal."""
     book = "".join(path.read_text(encoding="utf-8") for path in BOOK)
     implemented = tags("".join(re.findall(r"# .*?\(E\d+\)|\(E\d+\)$", book, re.MULTILINE)))
     assert tags(README) == tags(book) == implemented

@@ -106,7 +106,7 @@ def near_answers(draw, right):
 
 @given(data=st.data(), task_a_b=sums())
 def test_the_verifier_is_never_fooled(data, task_a_b):
-    """It agrees with the specification on any text, and on right answers with at most one thing wrong."""
+    """It agrees with the specification on any text, and on right answers, dressed up and damaged."""
     task, a, b = task_a_b
     right = str(a + b).zfill(task.digits + 1)
     for response in (data.draw(any_text), *data.draw(st.lists(near_answers(right), min_size=9))):
@@ -183,7 +183,7 @@ def test_the_held_out_pairs_are_the_same_in_every_precision():
 
 
 def test_held_out_pairs_come_in_no_order():
-    """The first of them are what evaluations use: their operands range as widely as all of them."""
+    """The first of them are what evaluations use: their operands' means are near those of all."""
     first = TASKS[2].heldout_pairs[:64].double()
     assert (first.mean(dim=0) - 49.5).abs().max() < 5 * 28.9 / 8  # five standard errors of a mean of 64
 

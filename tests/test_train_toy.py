@@ -192,7 +192,7 @@ def test_a_threshold_is_reached_at_the_first_evaluation_that_is_at_it(tiny, thre
     assert train_arm(model, task, 0, "none", (Stage(4),), threshold, [])["took"] == took
 
 
-def test_the_start_imitates_and_has_the_sizes_that_are_asked_for():
+def test_the_start_is_trained_and_has_the_sizes_asked_for():
     task, sft = Addition(1), SFTConfig((Stage(3, lr=1e-2),), rows=4)
     model, same = (make_start(task, 0, sft, n_layer=1, n_embd=8) for _ in range(2))
     assert len(model.body.blocks) == 1 and model.classifier.in_features == 8

@@ -21,7 +21,7 @@ from minicfrl import Addition, RLConfig, Rollout, SFTConfig, Stage, supervised_f
 from train_toy import stream
 
 
-def test_the_arms_and_their_rates_are_what_the_pages_say():
+def test_the_arms_and_their_rates_are_as_written_here():
     """Stage by stage: updates, what they train, its rate, and W's own."""
     W, fast, rest, plain = Stage(20, "classifier", 4e-4, 8e-3), Stage(20, "all", 4e-4, 8e-3), Stage(60), Stage(80)
     table = {"cf-rl": (W, rest), "control": (fast, rest), "classifier-last": (rest, W), "lp-ft": (W, rest)}
@@ -42,7 +42,7 @@ def test_the_arms_and_their_rates_are_what_the_pages_say():
         assert arm.imitates == {"sft-rl-sgd": 1, "ft": 1, "lp-ft": 2}.get(name, 0)
 
 
-def test_how_fast_is_asked_at_the_thresholds_of_the_rules():
+def test_how_fast_is_asked_at_these_thresholds():
     """0.9; in toy 2 0.3; in SmolLM2 0.6."""
     for name in claims.ASKED.keys() & report.EXPERIMENTS.keys():
         threshold = 0.6 if name.startswith("real") else 0.3 if "learning" in name else 0.9

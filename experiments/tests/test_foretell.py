@@ -143,7 +143,7 @@ def test_the_rule_says_what_came_of_the_number(said):
         assert float(rank) == pytest.approx(spearmanr([row[name] for row in known], speed).statistic, abs=0.006)
 
 
-def test_the_pages_say_what_came_of_it():
+def test_the_data_refute_the_number():
     """The number is refuted, and five updates of W fast have the starts most nearly in order."""
     runs = Runs(None, read_csv(DATA / "foretell.csv"))
     _, *numbers, rule, _ = claims.foretellers(runs, report.STARTS[:16], report.STARTS[16:19])

@@ -134,7 +134,7 @@ RUNS = {  # what is trained how, and what moves in which update
 @pytest.mark.parametrize("case", RUNS)
 def test_the_body_rests_bit_for_bit_in_stage_1_each_stage_has_its_rates_and_stage_2_starts_afresh(case, tmp_path):
     """After three updates of stage 2 the optimiser counts three. A skipped update, as fp16 has them where it overflows,
-    counts for stages and rates alike. In the control the first update moves W by the same bits, and the body too."""
+    counts for stages and rates alike. The clipped control's first update moves W to the same bits, not the body."""
     kind, how, moved = RUNS[case]
     watch = trained(tiny(kind), tmp_path, **how)
     assert watch.moved() == moved and set(watch.counts[-1]) == {3}

@@ -71,8 +71,8 @@ def test_the_expected_estimate_is_the_gradient_of_the_expected_reward(policy, re
 
 @given(policy=policies_of_three, extra=vectors(len(tokens), st.floats(0.1, 0.9)))
 def test_std_turns_the_expected_gradient_where_all_rewards_are_different(policy, extra):
-    """Dividing by a std of the sample is no constant factor: for rewards that are all different the cosine is below
-    1."""
+    """The cosine is below 1. (For rewards of two values it is 1: the expected advantage of a response depends on its
+    own reward alone, so it is an affine function of that.)"""
     rewards = torch.arange(7.0) ** 2 + extra
     estimate = expected_gradient(policy, group_advantages(rewards[every_group(3)], "std"))
     assert torch.cosine_similarity(estimate, exact_gradient(policy, rewards), dim=0) < 1 - 1e-7

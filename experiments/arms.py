@@ -25,7 +25,6 @@ class Arm:
     body_rate: float = 1  # of what else the part holds
     lr: float | None = None  # None: the experiment's
     rl: dict = field(default_factory=dict)  # what else it has in RLConfig
-    first_rl: dict = field(default_factory=dict)  # and in its first stage alone
     imitates: int = 0  # so many of its stages, the first, imitate correct demonstrations of s
     knob: tuple = ()  # of the start: ("a", 2) or ("s", 2) for knobs.turn
 
@@ -138,7 +137,7 @@ class Experiment:
         check_counts(every=self.every, prompts=self.prompts, last_prompts=self.last_prompts)
         check(self.measures in ("all", "few", "accuracy", "tokens"), f"no such measures: {self.measures!r}")
         for arm in self.arms:
-            RLConfig(stages(arm, self), **self.rl | arm.rl | arm.first_rl)
+            RLConfig(stages(arm, self), **self.rl | arm.rl)
         list(self.finetuning())
 
     def jobs(self):
@@ -236,9 +235,6 @@ def train_as(arm, x, seed, task, model):
     if arm.imitates:
         of_s = SFTConfig(plan[: arm.imitates], mixture=tuple(map("s".__eq__, task.patterns)), noise=0.0)
         yield from supervised_finetune(model, task, of_s, draws)
-    own = bool(arm.first_rl)  # a first stage with settings of its own
     before, plan = sum(stage.steps for stage in plan[: arm.imitates]), plan[arm.imitates :]
-    for some, more in ((plan[:own], arm.first_rl), (plan[own:], {})):
-        for record in train_rl(model, task, RLConfig(some, **x.rl | arm.rl | more), draws) if some else ():
-            yield record | {"step": before + record["step"]}
-        before += sum(stage.steps for stage in some)
+    for record in train_rl(model, task, RLConfig(plan, **x.rl | arm.rl), draws) if plan else ():
+        yield record | {"step": before + record["step"]}

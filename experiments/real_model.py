@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from experiments.arms import START, Arm, Experiment, best, check_parts, some, train_as, tried, tries
+from experiments.arms import START, Experiment, best, check_parts, some, train_as, tried, tries
 from experiments.measures import apart, feature_change, follow, geometry, make_probe, moves
 from minicfrl import sequence_logp
 from model import check, token_logp
@@ -349,16 +349,11 @@ FINALS = [*(tried("rl", lr) for lr in (1.4e-5, 2e-5, 3e-5)), tried("cf-rl", 2e-5
 FINALS += [tried(way, 2e-5, rate) for way in ("control", "fast-classifier") for rate in (20, 100)]
 OF_STATES = ("top_tenth", "kl", "changed", "changed_digit", "changed_newline", "changed_other")
 TOKENS = ("accuracy", *(f"{whose}_{what}" for whose in ("own", "start") for what in OF_STATES))
-COUNTED = ("accuracy", "tokens", "seconds")
-# W alone with more samples first, and then everything with as many as plain RL.
-SAMPLED = dict(measures="accuracy")
-SAMPLED["arms"] = [*some("rl"), *(Arm(f"cf-rl-{n}x8", rate=100, first_rl=dict(prompts=n)) for n in (16, 64, 256))]
 BEST = ((2e-5, None), (2e-5, 20), (2e-5, 20), (2e-5, 20))
 LISTED = {
     "real-best-tuning": TRIED_FIRST | dict(seeds=range(100, 101)),
     "real-best-finals": TRIED_FIRST | dict(arms=FINALS, seeds=range(101, 103)),
-    "real-best": dict(arms=best(*BEST), curves=COUNTED),
-    "real-samples": SAMPLED | dict(seeds=range(600, 603), lr=1e-5, rl_steps=38, n=30, curves=COUNTED),
+    "real-best": dict(arms=best(*BEST)),
     "real-tokens": dict(arms=[*some("ft", lr=4e-5), *some("random-reward")], measures="tokens", curves=TOKENS),
 }
 EXPERIMENTS = {name: RealExperiment(name, **settings) for name, settings in LISTED.items()}

@@ -145,17 +145,6 @@ def sections(R, update):
         "lp-ft": means(R["lp-ft"], MARKS),
         "real-moved": means(R["real-best"], (time_to(0.6), RUN, END, *MOVED), REAL_SHOWN),
         "both": beside(*(means(R[name], BOTH, ["rl"]) for name in ("confidence", "real-best"))),
-        "accounts": [
-            list(row)
-            for row in zip(
-                *means(R["real-best"], scores.ACCOUNTS, ("rl", "cf-rl")),
-                *means(R["real-samples"], scores.ACCOUNTS)[1:],
-                strict=True,
-            )
-        ],
-        "saved": compared(
-            R["real-samples"], scores.ACCOUNTS, [(arm.name, "rl") for arm in R["real-samples"].x.arms[1:]]
-        ),
         "tokens": named("its own", means(R["real-tokens"], of_states("own"), TOKENS))
         + named("the start's", means(R["real-tokens"], of_states("start"), TOKENS))[1:],
     }

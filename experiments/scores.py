@@ -5,7 +5,6 @@ show them: `means`, and `compared`, in which all that a column asks is asked tog
 """
 
 import functools
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.arms import START, stages
+from experiments.arms import START
 from experiments.runs import as_csv, file_of, read_csv, write_whole
-from minicfrl import RLConfig
 from model import check, check_counts
 
 DATA = Path(__file__).parent / "data"
@@ -226,34 +224,6 @@ def times_by_ratio(threshold):
     took = time_to(threshold).of
     of = lambda runs, arm, seed: math.log2(max(0.1, took(runs, arm, seed)))  # noqa: E731
     return Measure("log2 of the updates", of, ".2f", ("slower", "faster", "as fast"), within=math.log2(1 + TIME_MARGIN))
-
-
-@dataclass(frozen=True)
-class OnEachSeed(Measure):
-    """One that is decided if every seed says the same."""
-
-    def verdict(self, runs, arm, base, looks=1):
-        gaps = self.gaps(runs, arm, base)
-        return "more" if min(gaps) > 0 else "less" if max(gaps) < 0 else "undecided"
-
-
-def cost(account):
-    """What an arm spends until accuracy is at the threshold, of runs that are looked at after every update."""
-
-    def spent(runs, name, seed):
-        arm, x = next(arm for arm in runs.x.arms if arm.name == name), runs.x
-        each = []
-        for i, stage in enumerate(stages(arm, x)):
-            rl = RLConfig((stage,), **x.rl | arm.rl | (arm.first_rl if i == 0 else {}))
-            each += [rl.prompts * rl.samples if account == "samples" else stage.trains == "all"] * stage.steps
-        measured = account in x.curves  # tokens, seconds
-        total = runs.curve(name, seed, account) if measured else [*itertools.accumulate(each, initial=0)]
-        return crossing(total, runs.curve(name, seed), x.threshold)
-
-    return spent
-
-
-ACCOUNTS = [OnEachSeed(of, cost(of), ",.1f") for of in ("updates of everything", "samples", "tokens", "seconds")]
 
 
 def early(runs, arm, seed):

@@ -141,14 +141,6 @@ def test_imitation_of_right_sums_makes_them_likelier():
     assert real_model.success(model, TASK, TASK.heldout_pairs).mean() > 3 * before
 
 
-def test_a_first_stage_may_have_settings_of_its_own():
-    """Four times as many samples there, and so about as many times the tokens: no fewer than twice as many."""
-    x = tiny(Arm("more", first_rl={"samples": 16}), rl_steps=3)
-    first, *others = train_as(x.arms[0], x, 0, TASK, CausalLM(language_model(), TASK))
-    assert [record["step"] for record in others] == [2, 3]
-    assert first["tokens"] > 2 * max(record["tokens"] for record in others)
-
-
 def saved(folder, lm, merges=(), decoder=decoders.Fuse):
     """A checkpoint with a tokenizer of characters."""
     lm.save_pretrained(folder)

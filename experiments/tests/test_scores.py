@@ -3,7 +3,6 @@
 import itertools
 import math
 import statistics
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tiny_runs import tiny
 
 from experiments import claims, runs, scores
 from experiments.arms import Arm, some
-from experiments.scores import ACCOUNTS, END, Measure, Runs, judge, time_to
+from experiments.scores import END, Measure, Runs, judge, time_to
 
 spreads = st.lists(st.integers(-8, 8), min_size=2, max_size=12).filter(lambda ns: len(set(ns)) > 1)
 numbers = st.builds(lambda m, k, ns: [m / 64 + n / 2**k for n in ns], st.integers(-8, 8), st.integers(6, 10), spreads)
@@ -149,17 +148,6 @@ def test_a_peak_is_found_on_even_prompts_after_the_start_and_judged_on_odd_ones(
     """At the second look after it, though the odd ones are highest at the first."""
     r = made_up(a=[{"accuracy_even curve": "0.9 0.4 0.6 0.3", "accuracy_odd curve": "0.25 0.9 0.5 0.125"}])
     assert [r.values("a", claims.gain(after, "even", "odd")) for after in (0, 1)] == [[0.25], [-0.375]]
-
-
-def test_what_an_arm_costs_is_counted_by_hand():
-    """.6 is between the second update of W alone, of 4 x 8 samples, and the first of everything, of 2 x 8."""
-    arms = [*some("rl"), Arm("more", first_rl=dict(prompts=4)), Arm("sure", first_rl=dict(prompts=4))]
-    x = tiny(arms, rl=dict(prompts=2, samples=8), every=1, rl_steps=4, n=2, curves=("accuracy", "tokens", "seconds"))
-    course = {"accuracy curve": "0 0 .3 .9 .9", "tokens curve": "0 5 10 20 30", "seconds curve": "0 2 4 5 6"}
-    r = made_up(replace(x, threshold=0.6), more=[course] * 2, rl=[course, course | {"accuracy curve": "0 .6 .9 .9 .9"}])
-    assert [r.values("more", account.of)[0] for account in ACCOUNTS] == pytest.approx([0.5, 72, 15, 4.5])
-    assert [r.values("rl", account.of)[1] for account in ACCOUNTS] == pytest.approx([1, 16, 5, 2])
-    assert [account.verdict(r, "more", "rl") for account in ACCOUNTS] == ["less", "more", "undecided", "undecided"]
 
 
 def test_arms_are_compared_where_they_first_are_as_accurate_as_plain_rl_ends():

@@ -233,7 +233,7 @@ def train_as(arm, x, seed, task, model):
     """Train `model` as the arm does: a generator of records, one per update. For most arms it is just train_rl."""
     draws, plan = stream(seed, "rl"), stages(arm, x)
     if arm.imitates:
-        of_s = SFTConfig(plan[: arm.imitates], mixture=tuple(map("s".__eq__, task.patterns)), noise=0.0)
+        of_s = SFTConfig(plan[: arm.imitates], mixture=tuple(float(p == "s") for p in task.patterns), noise=0.0)
         yield from supervised_finetune(model, task, of_s, draws)
     before, plan = sum(stage.steps for stage in plan[: arm.imitates]), plan[arm.imitates :]
     for record in train_rl(model, task, RLConfig(plan, **x.rl | arm.rl), draws) if plan else ():

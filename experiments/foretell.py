@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments import real_model, runs, scores, toy
+from experiments import measures, real_model, runs, scores, toy
 from experiments.arms import STARTS, tried
 from minicfrl import RLConfig, Stage, train_rl
 from train_toy import stream
@@ -47,7 +47,7 @@ def known(model, task, rl, generator):
     seen = []
 
     def note(batch, _):
-        seen.append((batch.tokens[batch.mask & (batch.mask.cumsum(dim=1) == 1)], batch.rewards.flatten()))
+        seen.append((batch.tokens[batch.mask][measures.first_states(batch.mask)], batch.rewards.flatten()))
         return batch.rewards
 
     rl = RLConfig((Stage(max(BATCHES), lr=0.0),), reward=note, optimizer="sgd", **rl)
@@ -89,10 +89,10 @@ def came(x, out, workers):
 def main(out, workers):
     """ValueError or OSError as of runs.run, and, before any work, for a package that is missing."""
     x = real_model.EXPERIMENTS["real-best"]
-    lm, task = real_model.load(x)
+    (lm, task), judged = real_model.load(x), scores.load(x)
     rows = [row for start in STARTS.values() for row in came(start, out / start.name, workers)]
     for seed in x.seeds[: len(JUDGE)]:  # of SmolLM2, whose runs are in data/
         row = known(real_model.CausalLM(lm, task), task, x.rl, stream(seed, "foretell"))
-        row |= {"rate": x.lr} | outcome(scores.load(x), "rl", "fast-classifier", seed)
+        row |= {"rate": x.lr} | outcome(judged, "rl", "fast-classifier", seed)
         rows.append({"arm": "SmolLM2", "seed": seed} | row)
     runs.write_whole(scores.DATA / "foretell.csv", runs.as_csv(rows, 4))

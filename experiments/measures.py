@@ -77,8 +77,7 @@ def agreement(probe, parts):
     """
     whole = parts[0] + (parts[1] + parts[2])
     by_W, whole = (part - part.mean(dim=1, keepdim=True) for part in (parts[0], whole))
-    cosines = F.cosine_similarity(by_W, whole, dim=1)  # (N,)
-    return {"agreement_continuation": cosines[~probe.first].mean().item()}
+    return {"agreement_continuation": F.cosine_similarity(by_W, whole, dim=1)[~probe.first].mean().item()}
 
 
 @torch.no_grad()

@@ -71,7 +71,8 @@ REAL_SHOWN = ("rl", "cf-rl", "control", "fast-classifier")
 TOKENS = ("rl", "ft", "random-reward")
 KNOWN = [Measure(name, name, ".2f") for name in "right rho5 rho10 rho20 plain20 snr20 by_first".split()]
 CAME = [Measure("rate", "rate", "g"), *(Measure(n, n, ".2f") for n in "plain fast ahead plain_end fast_end".split())]
-STARTS = (*arms.STARTS, "SmolLM2")
+JUDGED, SIZES = [*arms.STARTS][:16], [*arms.STARTS][16:]  # starts that the rule judges, and sizes of a batch
+STARTS = (*JUDGED, *SIZES, "SmolLM2")
 
 
 # ------------------------------------------------------------------------------------------------- tables of their own
@@ -106,8 +107,8 @@ def named(name, rows):
 
 def came(runs):
     """What came of each start, and what was foretold."""
-    told = [["foretold", "measured"]] + [[f"{times:.1f}" for times in claims.speed_up(runs, start)] for start in STARTS]
-    return [[*row, *more] for row, more in zip(means(runs, CAME, STARTS), told, strict=True)]
+    told = [[start, *(f"{times:.1f}" for times in claims.speed_up(runs, start))] for start in STARTS]
+    return beside(means(runs, CAME, STARTS), [["arm", "foretold", "measured"], *told])
 
 
 def peaks(runs):
@@ -130,7 +131,7 @@ def sections(R, update):
         "answer": claims.answers(R),
         "known": means(R["foretell"], KNOWN, STARTS),
         "came": came(R["foretell"]),
-        "foretell": [*claims.foretellers(R["foretell"], STARTS[:16], ("1000 updates", *STARTS[16:19]))],
+        "foretell": [*claims.foretellers(R["foretell"], JUDGED, ("1000 updates", *SIZES))],
         "never": never_rows({name: R[name] for name in ("best", "best-learning", *claims.AGAIN)}),
         "claims": claims.papers(R),
         "confidence": means(R["confidence"], COLUMNS, SHOWN),
@@ -196,7 +197,7 @@ def main(folders):
     check(not wrong, f"the data contradict what the pages say: {'; '.join(wrong)}")
     check(importlib.util.find_spec("matplotlib"), 'the pictures need matplotlib: pip install -e ".[report]"')
     figures.plot_answer(results, HERE / "curves.png")
-    figures.plot_foretold(results["foretell"], (*STARTS[:16], "SmolLM2"), HERE / "foretell.png")
+    figures.plot_foretold(results["foretell"], (*JUDGED, "SmolLM2"), HERE / "foretell.png")
     figures.plot_influence(update["influence"], update["labels"], HERE / "influence.png")
     for page, text in rewritten(sections(results, update)).items():
         write_whole(page, text.encode())

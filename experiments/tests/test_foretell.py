@@ -146,5 +146,5 @@ def test_the_rule_says_what_came_of_the_number(said):
 def test_the_data_refute_the_number():
     """The number is refuted, and five updates of W fast have the starts most nearly in order."""
     runs = Runs(None, read_csv(DATA / "foretell.csv"))
-    _, *numbers, rule, _ = claims.foretellers(runs, report.STARTS[:16], report.STARTS[16:19])
+    _, *numbers, rule, _ = claims.foretellers(runs, report.JUDGED, report.SIZES)
     assert rule[1] == "refuted" and max(numbers, key=lambda row: float(row[1]))[0] == "ahead"
